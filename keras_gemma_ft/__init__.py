@@ -1,0 +1,1 @@
+"""Fine-tune Gemma 2 with LoRA through KerasHub, on JAX, TensorFlow or Torch."""

@@ -1,0 +1,232 @@
+"""Where records come from: files, folders of the Hugging Face hub, the demo.
+
+A record is a dict with string keys.
+"""
+
+import dataclasses
+import difflib
+import glob
+import hashlib
+import json
+import os
+import pathlib
+
+from keras_gemma_ft.config import UserError
+from keras_gemma_ft.data.readers import READERS, flaw
+
+SHOWN = 5
+EMBEDDED = pathlib.Path(__file__).parents[1] / "embedded"
+DEMO = {
+    "demo": EMBEDDED / "demo_train.jsonl",
+    "demo:train": EMBEDDED / "demo_train.jsonl",
+    "demo:eval": EMBEDDED / "demo_eval.jsonl",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceReport:
+    """What was read.
+
+    Attributes:
+        files: one dict per source: name, bytes, sha256, rows (usable records).
+        bad: what was skipped, as "file, line 3: reason".
+        places: per source, its unit ("line" or "record") and the number of
+            each usable record in it.
+    """
+
+    files: tuple
+    bad: tuple
+    places: tuple
+
+    def place(self, record):
+        """Where record number `record` (from 0) stands: "a.jsonl, line 3"."""
+        for file, (unit, numbers) in zip(self.files, self.places):
+            if record < len(numbers):
+                return f"{file['name']}, {unit} {numbers[record]}"
+            record -= len(numbers)
+        raise IndexError("no such record")
+
+
+def read(spec, *, bad_rows=0):
+    """Reads every record that `spec` names, in order.
+
+    Args:
+        spec: comma-separated paths, globs, `hf://dataset[:split]`,
+            `hf://folder[:split]` (from `save_to_disk`), `demo`, `demo:eval`.
+        bad_rows: how many unusable records may be skipped.
+
+    Returns:
+        `(records, report)`: a list of dicts and a `SourceReport`.
+
+    Raises:
+        UserError: a source is missing, empty or unreadable, or there are more
+            than `bad_rows` unusable records; the message lists them.
+    """
+    records, files, bad, places = [], [], [], []
+    for name in _names(spec):
+        unit, rows, fingerprint = _open(name)
+        numbers, start, before = [], len(records), len(bad)
+        for number, record, reason in rows:
+            if reason:
+                bad.append(f"{name}, {unit} {number}: {reason}")
+            else:
+                records.append(record)
+                numbers.append(number)
+        if len(records) == start and len(bad) == before:
+            raise UserError(f"{name} is empty: it holds no record.")
+        files.append({"name": name, **fingerprint, "rows": len(numbers)})
+        places.append((unit, numbers))
+    stop_if_bad(bad, bad_rows)
+    if not records:
+        raise UserError(f"{spec}: none of its records is usable.")
+    return records, SourceReport(tuple(files), tuple(bad), tuple(places))
+
+
+def stop_if_bad(bad, allowed):
+    """Raises UserError when more than `allowed` offenders are in `bad`."""
+    if len(bad) <= allowed:
+        return
+    lines = [f"  {line}" for line in bad[:SHOWN]]
+    if len(bad) > SHOWN:
+        lines.append(f"  and {len(bad) - SHOWN} more")
+    raise UserError(
+        f"Unusable records: {len(bad)} (may be skipped: {allowed}).\n"
+        + "\n".join(lines)
+        + f"\nMend them, or skip them with --data.bad_rows={len(bad)}."
+    )
+
+
+def _names(spec):
+    """The single sources that `spec` names, globs expanded."""
+    parts = [spec] if os.path.exists(spec) else spec.split(",")
+    names = []
+    for part in filter(None, map(str.strip, parts)):
+        path = os.path.expanduser(part)
+        if part in DEMO or part.startswith("hf://") or os.path.isfile(path):
+            names.append(path)
+        elif glob.has_magic(path):
+            found = sorted(glob.glob(path, recursive=True))
+            found = [name for name in found if os.path.isfile(name)]
+            if not found:
+                raise UserError(f"No file matches the pattern {part}.")
+            names += found
+        else:
+            raise UserError(_missing(path))
+    if not names:
+        raise UserError(
+            f"data source {spec!r} names nothing. Type --data.train=demo, or "
+            "a path such as --data.train=my.jsonl."
+        )
+    return names
+
+
+def _missing(path):
+    """Says why `path` is no source and what is near it."""
+    kinds = " ".join(READERS)
+    if os.path.isdir(path):
+        if os.path.exists(os.path.join(path, "state.json")):
+            return f"{path} is a saved dataset: type hf://{path}."
+        return (
+            f"{path} is a folder. Name its files: {path.rstrip('/')}/*.jsonl "
+            f"(known: {kinds}), or hf://{path} if `save_to_disk` wrote it."
+        )
+    if "://" in path:
+        # Not the whole address: it may hold a password.
+        return (
+            f"{path.partition('://')[0]}://...: only files, hf://dataset[:split] and demo can be read. "
+            "Download it first."
+        )
+    folder, name = os.path.split(path)
+    if not os.path.isdir(folder or "."):
+        return f"{path} does not exist: there is no folder {folder}."
+    near = difflib.get_close_matches(name, os.listdir(folder or "."), n=3)
+    near = [os.path.join(folder, other) for other in near]
+    hint = f" Did you mean: {', '.join(near)}?" if near else ""
+    return f"{path} does not exist.{hint}"
+
+
+def _open(name):
+    """`(unit, rows, fingerprint)`; rows yield (number, record, reason)."""
+    if name.startswith("hf://"):
+        return _hub(name)
+    path = DEMO.get(name, name)
+    extension = pathlib.Path(path).suffix.lower()
+    if extension not in READERS:
+        raise UserError(
+            f"{name}: unknown extension {extension!r}. "
+            f"Known: {' '.join(READERS)}."
+        )
+    unit, reader = READERS[extension]
+    try:
+        with open(path, "rb") as file:
+            start = file.read(2)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.tell()
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}.") from error
+    if start in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(
+            f"{name} is UTF-16, expected UTF-8. Type: "
+            f"iconv -f UTF-16 -t UTF-8 {name} > new{extension}"
+        )
+    return unit, reader(path), {"bytes": size, "sha256": digest}
+
+
+def _hub(name):
+    """A dataset of the hub, or a local folder that `save_to_disk` wrote."""
+    # datasets takes a second to import and only this source needs it.
+    import datasets
+
+    path, _, split = name.removeprefix("hf://").partition(":")
+    split = split or "train"
+    try:
+        if os.path.isdir(path):
+            dataset = datasets.load_from_disk(path)
+        else:
+            owner, _, rest = path.partition("/")
+            repo, _, config = rest.partition("/")
+            dataset = datasets.load_dataset(
+                f"{owner}/{repo}" if repo else owner, config or None
+            )
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(_hub_message(name, path, error)) from error
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            known = ", ".join(f"hf://{path}:{key}" for key in dataset)
+            raise UserError(f"{name}: no split {split!r}. Type one of {known}.")
+        dataset = dataset[split]
+    digest, size = hashlib.sha256(), 0
+    for record in dataset:
+        line = json.dumps(record, sort_keys=True, default=str).encode()
+        digest.update(line)
+        size += len(line)
+    rows = ((i, record, flaw(record)) for i, record in enumerate(dataset, 1))
+    return "record", rows, {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _hub_message(name, path, error):
+    """What happened at the hub, and the cure."""
+    text = f"{type(error).__name__}: {error}"
+    if os.path.isdir(path):
+        cure = "It must be a folder that `Dataset.save_to_disk` wrote."
+    elif "gated" in text.lower():
+        cure = (
+            f"Accept its terms at https://huggingface.co/datasets/{path}, "
+            "then type: hf auth login"
+        )
+    elif "Config name is missing" in text:
+        cure = f"Name one of its configurations: hf://{path}/CONFIG:train"
+    elif "Offline" in text:
+        cure = (
+            "Offline mode is on (HF_HUB_OFFLINE) and no copy is in the "
+            "cache. Unset it, or name a folder that `save_to_disk` wrote."
+        )
+    elif isinstance(error, ConnectionError):
+        cure = (
+            "The hub cannot be reached. Check the network, or name a local "
+            "file or a folder that `save_to_disk` wrote: hf://FOLDER"
+        )
+    else:
+        cure = "Check the name (hf://owner/dataset[:split]) and your login."
+    return f"{name} cannot be read. {text}\n{cure}"

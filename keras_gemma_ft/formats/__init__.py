@@ -1,0 +1,1 @@
+"""Arrays <-> bytes on disk; nothing here imports keras or a backend."""

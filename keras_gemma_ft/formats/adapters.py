@@ -1,0 +1,95 @@
+"""LoRA adapters on disk: the one door.
+
+An adapter in memory is `Adapter` (`low_rank.py`, with all shapes). On disk it
+is a PEFT folder (`peft_write.py`, `peft_read.py`,
+`peft_config.py`) or a stock Keras `.lora.h5`
+(`keras_file.py`).
+
+    adapter = adapters.read("runs/first", backbone_config)
+    adapters.write_peft("out/adapter", adapter)
+    index = adapters.layer_index(backbone_config["num_layers"])
+    adapters.write_keras("out/adapter.lora.h5", adapter, index)
+"""
+
+import pathlib
+
+from keras_gemma_ft.config import UserError, did_you_mean
+from keras_gemma_ft.formats.keras_file import (
+    layer_index,
+    read_keras,
+    write_keras,
+)
+from keras_gemma_ft.formats.low_rank import (
+    Adapter,
+    pair_shapes,
+    scale,
+    stock_rank,
+)
+from keras_gemma_ft.formats.peft_config import CONFIG
+from keras_gemma_ft.formats.peft_read import read_peft
+from keras_gemma_ft.formats.peft_write import write_peft
+
+__all__ = [
+    "Adapter",
+    "layer_index",
+    "pair_shapes",
+    "read",
+    "read_keras",
+    "read_peft",
+    "scale",
+    "stock_rank",
+    "write_keras",
+    "write_peft",
+]
+
+
+def read(path, backbone, *, base=""):
+    """Read an adapter, whatever its form.
+
+    Args:
+        path: a PEFT folder, a `.lora.h5` file, or a run folder that holds
+            `adapter/` (taken first) or `adapter.lora.h5`.
+        backbone: dict as of `GemmaBackbone.get_config()` of the model that
+            the adapter is for.
+        base: preset name to note where the file does not say it.
+
+    Returns:
+        `Adapter`, fitting `backbone`.
+
+    Raises:
+        UserError: no such path, or an adapter that is damaged, of another
+            kind or for another model; every offending entry is listed.
+    """
+    path = pathlib.Path(path)
+    if path.is_file():
+        if path.name.endswith(".h5"):
+            return read_keras(path, backbone, base=base)
+        raise UserError(
+            f"{path} is a file, expected a .lora.h5 file or a folder. "
+            "Name the folder that holds adapter_config.json."
+        )
+    if not path.is_dir():
+        raise UserError(f"There is no adapter at {path}.{_near(path)}")
+    for folder in (path, path / "adapter"):
+        if (folder / CONFIG).is_file():
+            return read_peft(folder, backbone)
+    if (path / "adapter.lora.h5").is_file():
+        return read_keras(path / "adapter.lora.h5", backbone, base=base)
+    held = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
+    model = (path / "config.json").is_file()
+    raise UserError(
+        f"{path} holds no adapter; expected {CONFIG}, adapter/ or "
+        f"adapter.lora.h5, found {held}."
+        + (" If it is a model, name it with --preset." if model else "")
+    )
+
+
+def _near(path):
+    parent = path.parent
+    names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+    known = [str(parent / name) for name in names if name[0] != "."]
+    return did_you_mean(str(path), known) or (
+        f" {parent} holds: {', '.join(sorted(names)) or 'nothing'}."
+        if parent.is_dir()
+        else f" {parent} does not exist either."
+    )

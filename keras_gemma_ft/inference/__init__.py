@@ -1,0 +1,1 @@
+"""Completions and scores of a model, tuned or not."""

@@ -1,0 +1,152 @@
+"""Prompts -> completions: batched, streamed, stopped at either end token.
+
+KerasHub's `generate` stops only at `<eos>`, cannot stream, and recompiles for
+every length; here lengths go up in buckets, so few programs are compiled.
+"""
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from keras_gemma_ft.model import forward
+
+# Prompts and caches are padded to multiples of this many tokens.
+_BUCKET = 64
+
+
+def compiled(model, function):
+    """`function(*tensors)` of the model's variables, compiled by the backend.
+
+    JAX: `jit` with the variables as arguments, so that new values need no new
+    program. TensorFlow: `tf.function`. Torch: no gradients.
+    """
+    backend = keras.config.backend()
+    if backend == "jax":
+        import jax
+
+        variables = model.variables
+
+        @jax.jit
+        def run(values, *args):
+            pairs = list(zip(variables, values))
+            with keras.StatelessScope(state_mapping=pairs):
+                return function(*args)
+
+        return lambda *args: run([v.value for v in variables], *args)
+    if backend == "torch":
+        import torch
+
+        return torch.no_grad()(function)
+    import tensorflow as tf
+
+    return tf.function(function)
+
+
+class Generator:
+    """Completes prompts with one model; keeps its compiled programs.
+
+    Args:
+        causal_lm: `GemmaCausalLM`, with or without LoRA.
+        tokenizer: `data.tokens.Tokenizer`.
+        settings: `config.Generate`.
+        seed: of the samplers.
+    """
+
+    def __init__(self, causal_lm, tokenizer, settings, *, seed=0):
+        self.backbone = causal_lm.backbone
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.stops = {tokenizer.eos, tokenizer.end_of_turn}
+        self.sampler = _sampler(settings, seed)
+        self._advance = compiled(self.backbone, self._next_logits)
+
+    def _next_logits(self, ids, segments, positions, cache):
+        """Next-word logits [B, V], their argmax [B], and the cache."""
+        hidden, cache = forward.hidden_states(
+            self.backbone, ids, segments, positions, cache=cache
+        )
+        scores = forward.logits(self.backbone, hidden[:, -1])
+        return scores, ops.argmax(scores, axis=-1), cache
+
+    def complete(self, prompts, *, batch_size=32, on_token=None, limit=None):
+        """Completions of `prompts`.
+
+        Args:
+            prompts: lists of token ids.
+            batch_size: rows at once.
+            on_token: called with (row, id) as soon as a token is chosen.
+            limit: longest completion; the settings' by default.
+
+        Returns:
+            Lists of token ids, without the end token.
+        """
+        limit = limit or self.settings.max_new_tokens
+        # Like lengths together: a batch is as slow as its longest row.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        outputs = [None] * len(prompts)
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            completions = self._batch(
+                [prompts[i] for i in rows], limit, on_token
+            )
+            for i, completion in zip(rows, completions):
+                outputs[i] = completion
+        return outputs
+
+    def _batch(self, prompts, limit, on_token):
+        width = _round_up(max(map(len, prompts)))
+        rows = len(prompts)
+        ids = np.zeros((rows, width), "int32")
+        segments, positions = np.zeros_like(ids), np.zeros_like(ids)
+        # Padding on the left, so that every row writes to the same slot.
+        for i, prompt in enumerate(prompts):
+            ids[i, width - len(prompt) :] = prompt
+            segments[i, width - len(prompt) :] = 1
+            positions[i, width - len(prompt) :] = np.arange(len(prompt))
+        slots = width + _round_up(limit)
+        cache = forward.new_cache(self.backbone, rows, slots)
+        completions = [[] for _ in prompts]
+        active = set(range(rows))
+        position = positions[:, -1:]
+        for step in range(limit):
+            scores, best, cache = self._advance(
+                ops.convert_to_tensor(ids),
+                ops.convert_to_tensor(segments),
+                ops.convert_to_tensor(positions),
+                cache,
+            )
+            chosen = ops.convert_to_numpy(self._choose(scores, best))
+            for i in sorted(active):
+                token = int(chosen[i])
+                if token in self.stops:
+                    active.discard(i)
+                    continue
+                completions[i].append(token)
+                if on_token:
+                    on_token(i, token)
+            if not active:
+                break
+            ids = chosen.astype("int32")[:, None]
+            segments = np.ones_like(ids)
+            positions = position + step + 1
+        return completions
+
+    def _choose(self, scores, best):
+        if self.sampler is None:
+            return best
+        scaled = scores / self.settings.temperature
+        return self.sampler.get_next_token(ops.softmax(scaled, axis=-1))
+
+
+def _sampler(settings, seed):
+    """A KerasHub sampler; None is greedy."""
+    if settings.sampler == "top_k":
+        return keras_hub.samplers.TopKSampler(k=settings.top_k, seed=seed)
+    if settings.sampler == "top_p":
+        return keras_hub.samplers.TopPSampler(p=settings.top_p, seed=seed)
+    return None
+
+
+def _round_up(n):
+    return -(-n // _BUCKET) * _BUCKET

@@ -1,0 +1,1 @@
+"""A Gemma 2 that can be tuned: presets, forward pass, LoRA, quantisation."""

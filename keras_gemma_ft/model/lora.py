@@ -1,0 +1,214 @@
+"""LoRA (arXiv 2106.09685) over KerasHub's layers: enable, apply, read, write.
+
+`enable` makes the variables through KerasHub's own `enable_lora(rank)`;
+`project` computes y = x W + s (x A) B without ever forming W + s A B, which
+would cost a full dW in the backward pass and, in bfloat16, round small updates
+away. A and B stay float32.
+
+Shapes: B batch, T tokens, d hidden, n heads, h head_dim, f ffw, r rank.
+"""
+
+import keras
+from keras import ops
+
+from keras_gemma_ft import config
+from keras_gemma_ft.formats import adapters
+
+# x A and (x A) B for each kind of layer. `attention_output` sees "btnh".
+_KERAS_HEADS = ("btd,ndr->btnr", "btnr,rh->btnh")
+_STANDARD_HEADS = ("btd,dr->btr", "btr,rnh->btnh")
+_OUTPUT = ("btnh,nhr->btr", "btr,rd->btd")
+_DENSE = ("btd,dr->btr", "btr,rf->btf")
+_HEADS = ("query", "key", "value")
+
+
+def layer(block, target):
+    """The EinsumDense of a decoder block that KerasHub names `target`."""
+    attention = block.attention
+    return {
+        "query": attention.query_dense,
+        "key": attention.key_dense,
+        "value": attention.value_dense,
+        "attention_output": attention.output_dense,
+        "ffw_gating": block.gating_ffw,
+        "ffw_gating_2": block.gating_ffw_2,
+        "ffw_linear": block.ffw_linear,
+    }[target]
+
+
+def enable(backbone, settings, *, seed=0):
+    """Freezes the backbone and adds adapters to `settings.targets`.
+
+    Args:
+        backbone: a built `GemmaBackbone`.
+        settings: `config.Lora` with rank > 0.
+        seed: of A; B starts at zero, so that nothing changes at first. The
+            values are the same on every backend.
+    """
+    names = config.targets(settings)
+    stock = [
+        name
+        for name in names
+        if settings.style == "keras" or name not in _HEADS
+    ]
+    backbone.enable_lora(settings.rank, target_layer_names=stock)
+    if settings.style == "standard":
+        for block in backbone.transformer_layers:
+            for name in names:
+                if name in _HEADS:
+                    _add_standard(layer(block, name), settings.rank)
+    backbone.lora = settings
+    write(backbone, initial(backbone, seed=seed))
+
+
+def _add_standard(dense, rank):
+    """One (d, r) and (r, n, h) pair on a q/k/v layer, tracked by the layer.
+
+    The layer's own `lora_enabled` stays False: stock `kernel` cannot form
+    A B of this shape, and nothing here calls the stock path.
+    """
+    n, d, h = dense._kernel.shape
+    dense.trainable = True
+    dense._kernel.trainable = False
+    dense._tracker.unlock()
+    dense.lora_kernel_a = dense.add_weight(
+        name="lora_kernel_a", shape=(d, rank), dtype="float32"
+    )
+    dense.lora_kernel_b = dense.add_weight(
+        name="lora_kernel_b", shape=(rank, n, h), dtype="float32"
+    )
+    dense._tracker.lock()
+
+
+def initial(backbone, *, seed):
+    """Adapter whose A is uniform in +-1/sqrt(fan_in), B zero.
+
+    This is PEFT's start (Kaiming uniform, a = sqrt(5)). Keras's `he_uniform`
+    takes the whole (n, d) as fan-in of a per-head A; here fan-in is what one
+    output sums over, so that the step size does not depend on the style.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for key, (a, b) in variables(backbone).items():
+        fan_in = a.shape[-2]
+        if key[1] == "attention_output":
+            fan_in = a.shape[0] * a.shape[1]
+        limit = fan_in**-0.5
+        weights[key] = (
+            rng.uniform(-limit, limit, a.shape).astype("float32"),
+            np.zeros(b.shape, "float32"),
+        )
+    return _adapter(backbone, weights)
+
+
+def variables(backbone):
+    """{(layer, target): (A, B)} as Keras variables; {} without LoRA."""
+    settings = getattr(backbone, "lora", None)
+    if settings is None:
+        return {}
+    pairs = {}
+    for i, block in enumerate(backbone.transformer_layers):
+        for name in config.targets(settings):
+            dense = layer(block, name)
+            pairs[i, name] = (dense.lora_kernel_a, dense.lora_kernel_b)
+    return pairs
+
+
+def _adapter(backbone, weights):
+    settings = backbone.lora
+    return adapters.Adapter(
+        style=settings.style,
+        rank=settings.rank,
+        alpha=settings.alpha or float(settings.rank),
+        rslora=settings.rslora,
+        dropout=settings.dropout,
+        targets=config.targets(settings),
+        weights=weights,
+        base=getattr(backbone, "preset", ""),
+    )
+
+
+def read(backbone):
+    """The backbone's adapter as float32 numpy: `formats.adapters.Adapter`."""
+    return _adapter(
+        backbone,
+        {
+            key: tuple(ops.convert_to_numpy(v.value) for v in pair)
+            for key, pair in variables(backbone).items()
+        },
+    )
+
+
+def write(backbone, adapter):
+    """Puts an adapter's arrays into the backbone's variables."""
+    for key, pair in variables(backbone).items():
+        for variable, value in zip(pair, adapter.weights[key]):
+            variable.assign(value)
+
+
+def settings_of(adapter):
+    """The `config.Lora` under which `adapter` was made."""
+    return config.Lora(
+        rank=adapter.rank,
+        alpha=float(adapter.alpha),
+        rslora=adapter.rslora,
+        dropout=adapter.dropout,
+        targets=",".join(adapter.targets),
+        style=adapter.style,
+    )
+
+
+def scale(backbone):
+    """s of y = x W + s (x A) B."""
+    settings = backbone.lora
+    return adapters.scale(
+        settings.rank, settings.alpha or settings.rank, settings.rslora
+    )
+
+
+class _Seed(keras.random.SeedGenerator):
+    """A seed that is a tensor, so that recomputation draws the same mask."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def next(self, ordered=True):
+        return self.value
+
+
+def project(backbone, block, target, x, *, kernel, seed=None):
+    """x W, plus the adapter's s (x A) B where `target` is adapted.
+
+    Args:
+        backbone: the model; tells scale, style and dropout.
+        block: the decoder block.
+        target: KerasHub layer name.
+        x: [B, T, d], [B, T, f], or [B, T, n, h] for `attention_output`.
+        kernel: W in x's dtype.
+        seed: uint32 [2], the step's and block's seed; None is no dropout.
+
+    Returns:
+        [B, T, n, h] for query, key, value; else [B, T, d] or [B, T, f].
+    """
+    dense = layer(block, target)
+    y = ops.einsum(dense.equation, x, kernel)
+    settings = getattr(backbone, "lora", None)
+    if settings is None or target not in config.targets(settings):
+        return y
+    if seed is not None and settings.dropout:
+        # Each target its own mask, as PEFT has.
+        own = seed + ops.convert_to_tensor(
+            [0, config.TARGETS.index(target)], "uint32"
+        )
+        x = keras.random.dropout(x, settings.dropout, seed=_Seed(own))
+    if target in _HEADS:
+        keras_style = settings.style == "keras"
+        into, out = _KERAS_HEADS if keras_style else _STANDARD_HEADS
+    else:
+        into, out = _OUTPUT if target == "attention_output" else _DENSE
+    a = ops.cast(dense.lora_kernel_a, x.dtype)
+    b = ops.cast(dense.lora_kernel_b, x.dtype)
+    delta = ops.einsum(out, ops.einsum(into, x, a), b)
+    return y + ops.cast(scale(backbone), y.dtype) * delta

@@ -1,0 +1,292 @@
+"""name -> a `GemmaCausalLM` and its tokenizer, every weight loaded once.
+
+A name is the embedded model, a KerasHub preset, a handle (`kaggle://`,
+`hf://`), or a local folder in Keras preset or Hugging Face format.
+"""
+
+import collections
+import contextlib
+import hashlib
+import json
+import pathlib
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from keras_gemma_ft import config, embedded
+from keras_gemma_ft.data import tokens
+from keras_gemma_ft.formats import huggingface, names
+
+_CREDENTIALS = (
+    "Gemma's weights are behind a licence. Accept it on the model's page, "
+    "then give credentials: KAGGLE_USERNAME and KAGGLE_KEY (or "
+    "~/.kaggle/kaggle.json) for KerasHub presets and kaggle://, HF_TOKEN for "
+    "hf://. A folder on disk needs none: --preset=FOLDER."
+)
+_NETWORK = (
+    "The download failed: no network, or the server does not answer. "
+    "Fetch the model elsewhere and pass --preset=FOLDER, or try the "
+    f"embedded one: --preset={config.EMBEDDED_PRESET}."
+)
+
+Loaded = collections.namedtuple("Loaded", "causal_lm tokenizer fingerprint")
+
+
+def load(preset, *, dtype="float32"):
+    """Loads a Gemma 2 and its tokenizer.
+
+    Args:
+        preset: see the module's docstring.
+        dtype: Keras dtype policy of the weights and the computation.
+
+    Returns:
+        `Loaded(causal_lm, tokenizer, fingerprint)`: a `GemmaCausalLM` without
+        preprocessor, a `data.tokens.Tokenizer`, and a sha256 of the weights.
+
+    Raises:
+        config.UserError: unknown name, no access, no network, not a Gemma 2,
+            or a variable that was not loaded exactly once.
+    """
+    if keras.config.floatx() != "float32":
+        # bfloat16 labels above 256 are rounded: a wrong loss, in silence.
+        raise config.UserError(
+            f"keras.config.floatx() is {keras.config.floatx()!r}; set it to "
+            f"'float32' (~/.keras/keras.json) and use --model.dtype instead."
+        )
+    source = resolve(preset)
+    with _once(source) as seen:
+        if _is_huggingface(source):
+            backbone = _read_huggingface(source, dtype)
+        else:
+            backbone = _from_keras_hub(source, dtype)
+        seen.append(backbone)
+    backbone.preset = preset
+    tokenizer = tokens.Tokenizer(_tokenizer_proto(source))
+    if tokenizer.vocabulary_size > backbone.vocabulary_size:
+        raise config.UserError(
+            f"--preset={preset}: the tokenizer has "
+            f"{tokenizer.vocabulary_size} words, the model only "
+            f"{backbone.vocabulary_size}: they do not belong together."
+        )
+    causal_lm = keras_hub.models.GemmaCausalLM(
+        backbone=backbone, preprocessor=None
+    )
+    return Loaded(causal_lm, tokenizer, fingerprint(backbone))
+
+
+def resolve(preset):
+    """The folder that holds `preset`, or the name KerasHub loads it by."""
+    if preset == config.EMBEDDED_PRESET:
+        return embedded.preset_folder()
+    if preset in keras_hub.models.GemmaBackbone.presets:
+        return preset
+    if preset.startswith("kaggle://"):
+        return preset
+    if preset.startswith("hf://"):
+        return _download_huggingface(preset)
+    folder = pathlib.Path(preset).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists():
+        inside = sorted(p.name for p in folder.parent.iterdir())[:8]
+        if folder.is_dir():
+            inside = sorted(p.name for p in folder.iterdir())[:8]
+        raise config.UserError(
+            f"--preset={preset} has no config.json, so it is neither a Keras "
+            f"preset nor a Hugging Face model. It holds: {', '.join(inside)}."
+        )
+    known = [config.EMBEDDED_PRESET] + [
+        name
+        for name in keras_hub.models.GemmaBackbone.presets
+        if "gemma2" in name
+    ]
+    raise config.UserError(
+        f"--preset={preset}: no such preset or folder."
+        f"{config.did_you_mean(preset, known)} Known: {', '.join(known)}; or "
+        f"a folder, hf://owner/name, kaggle://owner/model/keras/variant."
+    )
+
+
+def _is_huggingface(source):
+    return isinstance(source, pathlib.Path) and huggingface.is_huggingface(
+        source
+    )
+
+
+def _download_huggingface(handle):
+    """The local folder of an `hf://owner/name`, fetched where it is not."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(
+                handle.removeprefix("hf://"),
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.h5"]
+                + ["assets/*"],
+            )
+        )
+    except (errors.GatedRepoError, errors.LocalTokenNotFoundError) as error:
+        raise config.UserError(
+            f"--preset={handle}: {type(error).__name__}. {_CREDENTIALS}"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise config.UserError(
+            f"--preset={handle}: no such model, or it is private. "
+            f"{_CREDENTIALS}"
+        ) from None
+    except errors.HFValidationError as error:
+        raise config.UserError(
+            f"--preset={handle}: {error}. Expected hf://owner/name."
+        ) from None
+    except (errors.LocalEntryNotFoundError, OSError) as error:
+        raise config.UserError(
+            f"--preset={handle}: {type(error).__name__}. {_NETWORK}"
+        ) from None
+
+
+def _from_keras_hub(source, dtype):
+    """A backbone through KerasHub's own loader, errors with their cure."""
+    try:
+        # KerasHub reads a registered class name from config.json: refuse
+        # others than Gemma before anything of the folder is built.
+        backbone = keras_hub.models.GemmaBackbone.from_preset(
+            str(source), dtype=dtype
+        )
+    except OSError as error:
+        cure = _access_cure(error)
+        if cure is None:
+            raise
+        raise config.UserError(f"--preset={source}: {cure}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        text = str(error)
+        if any(code in text for code in ("401", "403", "credentials")):
+            text = _CREDENTIALS
+        raise config.UserError(f"--preset={source}: {text}") from None
+    if backbone.attention_logit_soft_cap is None:
+        raise config.UserError(
+            f"--preset={source} is a Gemma without Gemma 2's soft caps. This "
+            f"package tunes Gemma 2: --preset=gemma2_2b_en, for example."
+        )
+    return backbone
+
+
+def _access_cure(error):
+    """What to do about a failed download; None if it is another error."""
+    text = f"{type(error).__name__}: {error}"
+    if any(code in text for code in ("401", "403", "not accessible")):
+        return _CREDENTIALS
+    if isinstance(error, FileNotFoundError):
+        return text
+    if type(error).__module__.startswith(("requests", "urllib", "httpx")):
+        return _NETWORK
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return _NETWORK
+    # h5py raises a bare OSError for a truncated file.
+    return f"a file of the preset cannot be read ({text}). Fetch it again."
+
+
+def _read_huggingface(folder, dtype):
+    """A backbone filled from safetensors, one tensor in memory at a time."""
+    settings = huggingface.backbone_config(
+        huggingface.read_json(folder / "config.json")
+    )
+    scalar = settings.pop("query_pre_attn_scalar")
+    stream = huggingface.read_tensors(folder)
+    backbone = keras_hub.models.GemmaBackbone(**settings, dtype=dtype)
+    backbone.query_pre_attn_scalar = scalar
+    variables = {v.path.removeprefix(f"{backbone.name}/"): v
+                 for v in backbone.variables}
+    for path, array in progress(stream, len(variables), "loading"):
+        variables[path].assign(array)
+    return backbone
+
+
+def progress(iterable, total, what):
+    """A progress bar on stderr."""
+    import tqdm
+
+    return tqdm.tqdm(iterable, what, total, leave=False, mininterval=0.5)
+
+
+@contextlib.contextmanager
+def _once(source):
+    """Checks that every variable of the yielded list's model is assigned once.
+
+    Keras before 3.15.0 could skip variables of a sharded file in silence.
+    """
+    counts = collections.Counter()
+    kind = keras.Variable
+    assign = kind.assign
+
+    def counted(self, value):
+        counts[id(self)] += 1
+        return assign(self, value)
+
+    kind.assign = counted
+    seen = []
+    try:
+        yield seen
+    finally:
+        kind.assign = assign
+    wrong = [
+        f"{v.path}: {counts[id(v)]} times"
+        for v in seen[0].variables
+        if counts[id(v)] != 1
+    ]
+    if wrong:
+        raise config.UserError(
+            f"--preset={source}: {len(wrong)} of {len(seen[0].variables)} "
+            f"variables were not loaded exactly once:\n"
+            + "\n".join(wrong[:20])
+            + "\nThe files do not hold this whole model. Fetch them again."
+        )
+
+
+def _tokenizer_proto(source):
+    """The bytes of the preset's SentencePiece model."""
+    if not isinstance(source, pathlib.Path):
+        return keras_hub.models.GemmaTokenizer.from_preset(source).proto
+    for name in ("tokenizer.model", "assets/tokenizer/vocabulary.spm"):
+        if (source / name).is_file():
+            return (source / name).read_bytes()
+    raise config.UserError(
+        f"--preset={source} has no tokenizer: expected tokenizer.model "
+        f"(Hugging Face) or assets/tokenizer/vocabulary.spm (Keras). "
+        f"tokenizer.json alone is not enough; copy tokenizer.model from the "
+        f"original Gemma 2 repository."
+    )
+
+
+def fingerprint(backbone):
+    """sha256 over every variable's name, shape, and up to 997 of its values.
+
+    A sample: hashing all 18 GB of 9B would take longer than loading them.
+    """
+    digest = hashlib.sha256()
+    for v in backbone.variables:
+        flat = ops.reshape(v.value, (-1,))
+        sample = flat[:: max(1, flat.shape[0] // 997)]
+        digest.update(f"{v.path} {tuple(v.shape)}".encode())
+        sample = ops.convert_to_numpy(ops.cast(sample, "float32"))
+        digest.update(np.ascontiguousarray(sample).tobytes())
+    return digest.hexdigest()
+
+
+def save(folder, backbone, tokenizer):
+    """Writes a Keras preset folder that `load` and KerasHub read.
+
+    Args:
+        folder: where to; must not exist yet.
+        backbone: without LoRA; written in its own dtype.
+        tokenizer: `data.tokens.Tokenizer`.
+    """
+    backbone.save_to_preset(str(folder))
+    gemma = keras_hub.models.GemmaTokenizer(tokenizer.proto)
+    gemma.save_to_preset(str(folder))
+    config_file = pathlib.Path(folder) / "config.json"
+    settings = json.loads(config_file.read_text())
+    settings["config"]["name"] = "gemma_backbone"
+    config_file.write_text(json.dumps(settings, indent=1))

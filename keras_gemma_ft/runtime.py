@@ -1,0 +1,201 @@
+"""All that must precede `import keras`, and what every verb shares.
+
+Nothing here imports keras: the backend is decided first, by looking at the
+devices and at what is installed, never by importing a framework.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+
+from absl import logging
+
+from keras_gemma_ft import config
+
+DONE, BUG, MISTAKE, RESUMABLE = 0, 1, 2, 75
+_EXTRAS = {"jax": "jax", "tensorflow": "tensorflow", "torch": "torch"}
+
+
+class Stopped(Exception):
+    """The run stopped before its end and can be continued. Exit 75."""
+
+    def __init__(self, message, result):
+        super().__init__(message)
+        self.result = result
+
+
+def main(verb, doc):
+    """Runs a verb as a process: flags in, one JSON line out, an exit code.
+
+    Args:
+        verb: function of a `Config` that returns the result as a dict.
+        doc: the verb's docstring, for `--help`.
+
+    Everything that is printed on the way goes to stderr, so that the JSON
+    object is stdout's last line.
+    """
+    if {"--help", "-help", "-h", "--helpfull"} & set(sys.argv[1:]):
+        print(config.help_text(doc))
+        sys.exit(DONE)
+    status, result = BUG, None
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            cfg = config.from_flags(sys.argv[1:])
+            result, status = verb(cfg), DONE
+        except config.UserError as error:
+            print(f"Error: {error}", file=sys.stderr)
+            result, status = {"status": "error", "error": str(error)}, MISTAKE
+        except Stopped as stop:
+            print(f"Stopped: {stop}", file=sys.stderr)
+            result, status = stop.result, RESUMABLE
+        except KeyboardInterrupt:
+            print("Interrupted.", file=sys.stderr)
+            result, status = {"status": "interrupted"}, RESUMABLE
+    print(json.dumps(result, ensure_ascii=False), flush=True)
+    sys.exit(status)
+
+
+def start(cfg):
+    """Sets Keras's backend and quiets the frameworks; says what and why.
+
+    Returns:
+        The backend's name.
+
+    Raises:
+        UserError: the backend that was asked for is not installed.
+    """
+    if "keras" in sys.modules:
+        raise AssertionError("runtime.start must come before `import keras`")
+    backend, why = choose_backend(cfg.backend)
+    os.environ["KERAS_BACKEND"] = backend
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if backend != "tensorflow":
+        # keras_hub imports TensorFlow where it can: 3 s and 600 MB for code
+        # that only its own backend runs.
+        sys.modules.setdefault("tensorflow", None)
+        sys.modules.setdefault("tensorflow_text", None)
+    logging.set_verbosity(logging.WARNING)
+    say(f"backend: {backend} ({why})")
+    return backend
+
+
+def choose_backend(asked):
+    """(backend, reason) for `--backend=asked`, before keras is imported."""
+    installed = [name for name in config.BACKENDS if _found(name)]
+    if asked == "auto" and os.environ.get("KERAS_BACKEND"):
+        asked = os.environ["KERAS_BACKEND"]
+        if asked not in config.BACKENDS:
+            raise config.UserError(
+                f"KERAS_BACKEND={asked} is not one of "
+                f"{', '.join(config.BACKENDS)}. Unset it or use --backend."
+            )
+        why = "KERAS_BACKEND says so"
+    elif asked != "auto":
+        why = "--backend says so"
+    elif tpu() and "jax" in installed:
+        asked, why = "jax", "a TPU is here"
+    elif cuda() and installed:
+        order = ("torch", "jax", "tensorflow")
+        able = [name for name in order if name in installed and _cuda(name)]
+        asked = (able or installed)[0]
+        why = "a CUDA GPU is here" + ("" if able else ", but no CUDA build")
+    else:
+        asked = (installed or ["jax"])[0]
+        why = "no accelerator; first installed of jax, tensorflow, torch"
+    if asked not in installed:
+        raise config.UserError(
+            f"--backend={asked} is not installed "
+            f"(installed: {', '.join(installed) or 'none'}). "
+            f"Try: pip install 'keras_gemma_ft[{_EXTRAS[asked]}]'"
+        )
+    return asked, why
+
+
+def _found(name):
+    return importlib.util.find_spec(name) is not None
+
+
+def tpu():
+    """Is a TPU attached? Looks at device files and Cloud TPU's environment."""
+    device = any(pathlib.Path("/dev").glob("accel[0-9]*"))
+    vfio = any(pathlib.Path("/dev/vfio").glob("[0-9]*")) and _found("libtpu")
+    return device or vfio or "TPU_NAME" in os.environ
+
+
+def cuda():
+    """Is an NVIDIA GPU attached and visible?"""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    return pathlib.Path("/dev/nvidia0").exists()
+
+
+def _cuda(name):
+    """Can the installed framework use CUDA? Told from its packages."""
+    if name == "torch":
+        return "+cpu" not in importlib.metadata.version("torch")
+    if name == "jax":
+        return _found("jax_cuda12_plugin") or _found("jax_cuda13_plugin")
+    return platform.system() == "Linux"
+
+
+def choose_dtype(asked):
+    """(dtype, reason) for `--model.dtype`, after keras chose its backend."""
+    if asked != "auto":
+        return asked, "--model.dtype says so"
+    if tpu():
+        return "bfloat16", "TPUs compute in bfloat16"
+    if cuda():
+        # is_bf16_supported() is True on a T4, which only emulates it.
+        if cuda_capability() >= 8.0:
+            return "bfloat16", "the GPU has bfloat16"
+        return "float16", "the GPU has no bfloat16"
+    return "float32", "CPUs are fastest and exact in float32"
+
+
+def cuda_capability():
+    """Compute capability of the first GPU (T4 7.5, A100 8.0, H100 9.0)."""
+    import subprocess
+
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        text = subprocess.run(
+            command, capture_output=True, text=True, timeout=20
+        ).stdout
+        return float(text.split()[0])
+    except (OSError, IndexError, ValueError, subprocess.TimeoutExpired):
+        return 0.0
+
+
+def versions():
+    """{package: version} of what decides a run's numbers."""
+    packages = ("keras", "keras-hub", "jax", "tensorflow", "torch", "numpy")
+    found = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def peak_memory_bytes():
+    """The process's largest resident set so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+_START = time.monotonic()
+
+
+def say(text):
+    """One line for the person who watches, on stderr, with the time."""
+    print(f"[{time.monotonic() - _START:6.1f}s] {text}", file=sys.stderr)

@@ -1,0 +1,22 @@
+"""Fine-tune Gemma 2 with LoRA.
+
+python -m keras_gemma_ft.train
+    tunes the embedded model on the embedded task, offline, on any machine.
+python -m keras_gemma_ft.train --preset=gemma2_2b_en --data.train=mine.jsonl
+    tunes the real one on your records.
+"""
+
+from keras_gemma_ft import runtime
+
+
+def train(cfg):
+    """Runs `cfg`; returns what summary.json holds."""
+    backend = runtime.start(cfg)
+    # After start: keras reads its backend when it is imported.
+    from keras_gemma_ft.tuning import trainer
+
+    return trainer.run(cfg, backend)
+
+
+if __name__ == "__main__":
+    runtime.main(train, __doc__)

@@ -1,0 +1,1 @@
+"""Loss, objectives, optimizer, trainer, callbacks and checkpoints."""

@@ -1,0 +1,210 @@
+"""Log, evaluate, checkpoint, stop: `keras.callbacks.Callback`s.
+
+A Keras "epoch" here is a window of `--train.log_every` optimizer steps: at its
+end every backend has its values back in the variables and the loss metric is
+the window's exact mean. What is due in between happens at the window's end.
+"""
+
+import math
+import sys
+import time
+
+import keras
+import tqdm
+from keras import ops
+from safetensors import numpy as safetensors
+
+from keras_gemma_ft import runtime
+from keras_gemma_ft.formats import atomic
+from keras_gemma_ft.tuning import checkpoint
+
+
+class Clock(keras.callbacks.Callback):
+    """Counts the steps, shows the bar, writes a metrics line per window.
+
+    Must be the first callback: `tuner.step` is what the others read.
+
+    Args:
+        folder: `RunFolder`.
+        tokens: function of a step: (row tokens, learned tokens) up to it.
+        steps: optimizer steps of the whole run.
+        start: the step from which this process goes on.
+    """
+
+    # Only counts: Keras need not wait for the device to call it.
+    async_safe = True
+
+    def __init__(self, folder, tokens, *, steps, start):
+        super().__init__()
+        self.folder, self.tokens, self.steps = folder, tokens, steps
+        self.seconds, self.losses = 0.0, []
+        self.row_tokens = 0
+        self.start = start
+        self.bar = tqdm.tqdm(
+            total=steps,
+            initial=start,
+            desc="training",
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 20.0,
+        )
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.begin = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (batch + 1) % self.model.accumulation == 0:
+            self.bar.update(1)
+
+    def on_epoch_end(self, epoch, logs=None):
+        model = self.model
+        seconds = time.perf_counter() - self.begin
+        before = model.step
+        model.step += self.params["steps"] // model.accumulation
+        rows, learned = self.tokens(model.step)
+        done = rows - self.tokens(before)[0]
+        self.seconds += seconds
+        self.row_tokens += done
+        optimizer = model.optimizer
+        line = {
+            "step": model.step,
+            "tokens": learned,
+            "loss": float(logs["loss"]),
+            "grad_norm": float(
+                ops.convert_to_numpy(optimizer.gradient_norm.value)
+            ),
+            "learning_rate": model.learning_rate(model.step - 1),
+            "tokens_per_s": round(done / seconds, 1),
+        }
+        self.losses.append(line["loss"])
+        self.folder.append(line)
+        self.bar.set_postfix_str(
+            f"loss {line['loss']:.4f}, {line['tokens_per_s']:.0f} tokens/s"
+        )
+
+    def on_train_end(self, logs=None):
+        self.bar.refresh()
+
+
+class Evaluate(keras.callbacks.Callback):
+    """Held-out loss; keeps the best values; stops when patience is out.
+
+    Args:
+        folder: `RunFolder`.
+        batches: normalised held-out batches.
+        count: how many they are.
+        every: steps between evaluations; the last step always counts.
+        steps: optimizer steps of the whole run.
+        patience: evaluations without a better one before stopping; 0: never.
+        best: {"step", "eval_loss", "worse"} of a run that is continued.
+    """
+
+    def __init__(
+        self, folder, batches, count, *, every, steps, patience, best
+    ):
+        super().__init__()
+        self.folder, self.batches, self.count = folder, batches, count
+        self.every, self.steps, self.patience = every, steps, patience
+        self.best = best or {"step": 0, "eval_loss": math.inf, "worse": 0}
+        self.due = None
+
+    def on_epoch_end(self, epoch, logs=None):
+        step = self.model.step
+        if self.due is None:
+            self.due = _next(step - 1, self.every)
+        if step < self.due and step < self.steps:
+            return
+        self.due = _next(step, self.every)
+        loss = self.model.held_out_loss(self.batches, self.count)
+        line = {"step": step, "eval_loss": loss}
+        line["perplexity"] = math.exp(min(loss, 700.0))
+        self.folder.append(line)
+        if loss < self.best["eval_loss"]:
+            self.best = {"step": step, "eval_loss": loss, "worse": 0}
+            save_best(self.folder, self.model, self.best)
+        else:
+            self.best = {**self.best, "worse": self.best["worse"] + 1}
+            if 0 < self.patience <= self.best["worse"]:
+                runtime.say(
+                    f"no better held-out loss in {self.patience} evaluations; "
+                    f"stopping at step {step}"
+                )
+                self.model.stop_training = True
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """Checkpoints when due, at the end, on SIGTERM and when time is up.
+
+    Args:
+        folder: `RunFolder`.
+        every: steps between checkpoints; 0 is only the last.
+        steps: optimizer steps of the whole run.
+        keep: complete checkpoints that stay.
+        deadline: `time.monotonic()` at which to stop, or None.
+        facts: function that gives what is saved besides the step.
+    """
+
+    def __init__(self, folder, *, every, steps, keep, deadline, facts):
+        super().__init__()
+        self.folder, self.every, self.steps = folder, every, steps
+        self.keep, self.deadline, self.facts = keep, deadline, facts
+        self.terminated = False
+        self.saved = None
+        self.due = None
+
+    def on_epoch_end(self, epoch, logs=None):
+        step = self.model.step
+        if self.due is None:
+            self.due = _next(step - 1, self.every)
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        stop = self.terminated or late
+        last = step >= self.steps or self.model.stop_training
+        if step >= self.due or stop or last:
+            self.due = _next(step, self.every)
+            self.save()
+        if stop and not last:
+            self.model.stop_training = True
+            self.model.stopped = "SIGTERM" if self.terminated else "time is up"
+
+    def save(self):
+        if not math.isfinite(self.model.last_loss):
+            return
+        checkpoint.save(
+            self.folder.path,
+            self.model,
+            {"step": self.model.step, **self.facts()},
+        )
+        checkpoint.prune(self.folder.path, self.keep)
+        self.saved = self.model.step
+
+
+class StopOnNaN(keras.callbacks.Callback):
+    """Stops, without a checkpoint, as soon as a window's loss is not finite."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.last_loss = float(logs["loss"])
+        if not math.isfinite(self.model.last_loss):
+            self.model.stop_training = True
+            self.model.stopped = "the loss is not finite"
+
+
+def _next(step, every):
+    """The first multiple of `every` after `step`; never for 0."""
+    return (step // every + 1) * every if every else math.inf
+
+
+def save_best(folder, tuner, best):
+    """best.safetensors: the trained values with the lowest held-out loss."""
+    arrays = {
+        v.path: ops.convert_to_numpy(v.value)
+        for v in tuner.trainable_variables
+    }
+    facts = {key: str(value) for key, value in best.items()}
+    with atomic.replacing(folder.path / "best.safetensors") as partial:
+        safetensors.save_file(arrays, partial, metadata=facts)
+
+
+def load_best(folder, tuner):
+    """Puts best.safetensors into the tuner's variables."""
+    arrays = safetensors.load_file(folder.path / "best.safetensors")
+    for variable in tuner.trainable_variables:
+        variable.assign(arrays[variable.path])

@@ -1,0 +1,115 @@
+"""What a run needs to go on: complete or absent, verified, restored exactly.
+
+`checkpoints/<step>/` holds `state.safetensors` (what is trained, the
+optimizer, the seeds) and `state.json` (step, counts, length and sha256 of the
+former). The data position is the step: the order of the rows is a pure
+function of (seed, step).
+"""
+
+import hashlib
+import json
+import pathlib
+import shutil
+
+from keras import ops
+from safetensors import numpy as safetensors
+
+from keras_gemma_ft import config, runtime
+from keras_gemma_ft.formats import atomic
+
+
+def _variables(tuner):
+    """{name: variable} of everything that changes during a run."""
+    named = {}
+    groups = {
+        "trainable": tuner.trainable_variables,
+        "optimizer": tuner.optimizer.variables,
+        "seed": tuner.seeds,
+    }
+    for group, variables in groups.items():
+        for i, variable in enumerate(variables):
+            # The index: optimizer slots of two variables may share a path.
+            named[f"{group}/{i}/{variable.path}"] = variable
+    return named
+
+
+def save(run_dir, tuner, facts):
+    """Writes `checkpoints/<step>/`.
+
+    Args:
+        run_dir: the run folder.
+        tuner: the `FineTuner`, its variables current.
+        facts: JSON-able dict with "step"; comes back from `restore`.
+    """
+    arrays = {
+        name: ops.convert_to_numpy(variable.value)
+        for name, variable in _variables(tuner).items()
+    }
+    folder = pathlib.Path(run_dir) / "checkpoints"
+    with atomic.replacing(folder / f"{facts['step']:08d}") as partial:
+        partial.mkdir()
+        data = safetensors.save(arrays)
+        (partial / "state.safetensors").write_bytes(data)
+        state = {
+            **facts,
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+        (partial / "state.json").write_text(json.dumps(state, indent=1))
+
+
+def prune(run_dir, keep):
+    """Removes all but the newest `keep` checkpoints."""
+    for old in checkpoints(run_dir)[: -max(1, keep)]:
+        shutil.rmtree(old)
+
+
+def checkpoints(run_dir):
+    """The checkpoint folders, oldest first, not verified."""
+    folder = pathlib.Path(run_dir) / "checkpoints"
+    return sorted(p for p in folder.glob("[0-9]*") if p.is_dir())
+
+
+def latest(run_dir):
+    """(folder, facts) of the newest checkpoint that is whole, or None."""
+    for folder in reversed(checkpoints(run_dir)):
+        try:
+            facts = json.loads((folder / "state.json").read_text())
+            data = (folder / "state.safetensors").read_bytes()
+            if len(data) != facts["bytes"]:
+                raise ValueError(f"{len(data)} bytes, not {facts['bytes']}")
+            if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+                raise ValueError("its sha256 differs")
+        except (OSError, ValueError, KeyError) as error:
+            runtime.say(f"checkpoint {folder.name} is damaged ({error}); "
+                        f"looking for an older one")
+            continue
+        return folder, facts
+    return None
+
+
+def restore(folder, tuner):
+    """Puts a checkpoint's values into the tuner's variables.
+
+    Raises:
+        UserError: it is of another model, optimizer or adapter shape; every
+            difference is listed.
+    """
+    arrays = safetensors.load_file(folder / "state.safetensors")
+    named = _variables(tuner)
+    wrong = [f"{name}: not in this run" for name in arrays.keys() - named]
+    for name, variable in named.items():
+        if name not in arrays:
+            wrong.append(f"{name}: not in the checkpoint")
+        elif arrays[name].shape != tuple(variable.shape):
+            wrong.append(
+                f"{name}: {arrays[name].shape} in the checkpoint, "
+                f"{tuple(variable.shape)} in this run"
+            )
+    if wrong:
+        raise config.UserError(
+            f"{folder} is of another run:\n" + "\n".join(sorted(wrong)[:20])
+            + "\nUse another --run_dir, or --noresume to start afresh."
+        )
+    for name, variable in named.items():
+        variable.assign(arrays[name])

@@ -1,0 +1,34 @@
+"""What a run minimises: one function for each method, one dict of them."""
+
+from keras import ops
+
+from keras_gemma_ft.tuning import loss
+
+
+def sft(backbone, hidden, y, sample_weight, *, chunk, table_trained):
+    """Token-weighted cross-entropy (supervised fine-tuning).
+
+    Args:
+        backbone: gives the tied table and the logits' soft cap.
+        hidden: [B, T, d] final hidden states.
+        y: int [B, T], the next tokens.
+        sample_weight: float32 [B, T]; the pipeline has normalised it, so that
+            the mean over an optimizer step's micro-batches is the token mean.
+        chunk: tokens whose logits exist at once; 0 picks by memory.
+        table_trained: whether the table needs a gradient.
+
+    Returns:
+        float32 scalar.
+    """
+    losses = loss.token_loss(
+        hidden,
+        backbone.token_embedding.embeddings,
+        y,
+        cap=backbone.final_logit_soft_cap,
+        chunk=chunk,
+        table_trained=table_trained,
+    )
+    return ops.sum(losses * ops.cast(sample_weight, "float32"))
+
+
+OBJECTIVES = {"sft": sft}

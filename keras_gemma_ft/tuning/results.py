@@ -1,0 +1,161 @@
+"""What a run leaves behind: before and after, adapters, summary."""
+
+import time
+
+from keras_gemma_ft import config, runtime
+from keras_gemma_ft.formats import adapters, atomic
+from keras_gemma_ft.inference import evaluation, sampling
+from keras_gemma_ft.model import lora, presets
+
+# With --train.exact_match=-1 answers are compared when they are this short.
+_SHORT_ANSWER = 64
+_MOST_PROMPTS = 200
+
+
+def sentence(report):
+    """One line about a prepared split."""
+    dropped = ", ".join(f"{n} x {why}" for why, n in report["dropped"].items())
+    return (
+        f"{report['records']} records ({report['format']}), "
+        f"{report['tokens']:,} tokens, {report['learned_tokens']:,} learned, "
+        f"{report['rows']} rows, {report['padding']:.1%} padding, "
+        f"{report['truncated']} truncated, dropped: {dropped or 'none'}"
+    )
+
+
+class Judge:
+    """Scores the model as it is: held-out loss, exact match, samples.
+
+    Args:
+        cfg: `config.Config`.
+        job: `trainer.Job`.
+        tuner: `trainer.FineTuner`.
+    """
+
+    def __init__(self, cfg, job, tuner):
+        self.job, self.tuner = job, tuner
+        prompts = (job.held_out or job.rows).prompts
+        encode = job.tokenizer.encode
+        sizes = [len(encode(p.reference)) for p in prompts]
+        count = cfg.train.exact_match
+        if count < 0:
+            short = sizes and max(sizes) < _SHORT_ANSWER
+            count = _MOST_PROMPTS if short and job.held_out else 0
+        self.prompts = prompts[: max(count, cfg.train.samples)]
+        self.count, self.samples = count, cfg.train.samples
+        # Room for the end token, and for an answer that is a little longer.
+        used = sizes[: len(self.prompts)]
+        self.limit = min(cfg.generate.max_new_tokens, max(used, default=0) + 8)
+        self.generator = sampling.Generator(
+            tuner.causal_lm, job.tokenizer, config.Generate()
+        )
+
+    def judge(self, when):
+        """{"eval_loss", "exact_match", "answers"}; keys that apply."""
+        found = {}
+        if self.job.held_out is not None:
+            found["eval_loss"] = self.tuner.held_out_loss(
+                *self.job.held_out_batches()
+            )
+        rate, answers = evaluation.exact_match(
+            self.generator, self.prompts, limit=self.limit
+        )
+        if self.count and rate is not None:
+            found["exact_match"] = rate
+        found["answers"] = answers[: self.samples]
+        told = [
+            f"{name} {value:.4g}"
+            for name, value in found.items()
+            if name != "answers"
+        ]
+        runtime.say(f"{when}: {', '.join(told) or 'sampled'}")
+        return found
+
+
+def summary(cfg, tuner, clock, backend, began):
+    """What is known of a run when `fit` has ended."""
+    facts = {
+        "status": "done",
+        "backend": backend,
+        "device": device(backend),
+        "preset": cfg.preset,
+        "run_dir": cfg.run_dir,
+        "steps": tuner.step,
+        "tokens": clock.tokens(tuner.step)[1],
+        "seconds": round(time.monotonic() - began, 2),
+        "peak_memory_bytes": runtime.peak_memory_bytes(),
+        "trainable_parameters": tuner.trainable_count(),
+    }
+    if clock.losses:
+        facts["train_loss"] = clock.losses[-1]
+        facts["tokens_per_s"] = round(clock.row_tokens / clock.seconds, 1)
+        facts["train_seconds"] = round(clock.seconds, 2)
+    return facts
+
+
+def device(backend):
+    """The accelerator's name as the backend says it, or 'cpu'."""
+    if backend == "jax":
+        import jax
+
+        found = jax.devices()
+        return f"{len(found)} x {found[0].device_kind}"
+    if backend == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name(0)
+        return "cpu"
+    import tensorflow as tf
+
+    found = tf.config.list_physical_devices("GPU")
+    return f"{len(found)} x GPU" if found else "cpu"
+
+
+def finish(cfg, folder, tuner, job, before, after, facts):
+    """Writes samples, adapters (or the model) and summary.json."""
+    for name in ("eval_loss", "exact_match"):
+        if name in after:
+            facts[f"{name}_before"] = before.get(name)
+            facts[name] = after[name]
+    samples = [
+        {
+            "prompt": job.tokenizer.decode(prompt.prompt_ids),
+            "reference": prompt.reference,
+            "before": first,
+            "after": second,
+        }
+        for prompt, first, second in zip(
+            (job.held_out or job.rows).prompts,
+            before["answers"],
+            after["answers"],
+        )
+    ]
+    folder.write_lines("samples.jsonl", samples)
+    show(samples)
+    if cfg.lora.rank:
+        write_adapters(folder.path, tuner.backbone)
+    else:
+        with atomic.replacing(folder.path / "model") as partial:
+            presets.save(partial, tuner.backbone, job.tokenizer)
+    folder.write("summary.json", facts)
+    runtime.say(f"all of it is in {folder.path}")
+
+
+def write_adapters(path, backbone):
+    """adapter/ (PEFT) and adapter.lora.h5 (stock KerasHub)."""
+    adapter = lora.read(backbone)
+    adapters.write_peft(path / "adapter", adapter)
+    index = adapters.layer_index(backbone.num_layers)
+    adapters.write_keras(path / "adapter.lora.h5", adapter, index)
+
+
+def show(samples):
+    """The before and after, for the person who watches."""
+    for sample in samples:
+        runtime.say(
+            f"prompt  {sample['prompt'].strip()!r}\n"
+            f"          wanted  {sample['reference']!r}\n"
+            f"          before  {sample['before'][:160]!r}\n"
+            f"          after   {sample['after'][:160]!r}"
+        )

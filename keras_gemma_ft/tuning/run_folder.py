@@ -1,0 +1,202 @@
+"""The run folder: config.json, metrics.jsonl, summary.json, samples, curves.
+
+Everything here is written whole or line by line, so that whoever reads a run
+folder, a person or a resumed run, never sees half a file.
+"""
+
+import contextlib
+import fcntl
+import json
+import pathlib
+import shutil
+
+from keras_gemma_ft import config, runtime
+from keras_gemma_ft.formats import atomic
+
+# Settings that may differ when a run goes on: they change no number.
+_FREE = {
+    "run_dir",
+    "resume",
+    "backend",
+    "train.time_budget",
+    "train.keep_checkpoints",
+}
+_OWN = (
+    "checkpoints",
+    "adapter",
+    "model",
+    "best.safetensors",
+    "adapter.lora.h5",
+    "before.json",
+    "metrics.jsonl",
+    "summary.json",
+    "samples.jsonl",
+    "curves.png",
+    "config.json",
+)
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        path: the folder; made where absent.
+    """
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path).expanduser()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / ".lock").touch()
+        except OSError as error:
+            raise config.UserError(
+                f"--run_dir={path} cannot be written ({error.strerror}). "
+                f"Choose another: --run_dir=runs/mine."
+            ) from None
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Refuses a second process; the system frees a dead one's lock."""
+        with open(self.path / ".lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise config.UserError(
+                    f"--run_dir={self.path} is in use by another process. "
+                    f"Wait for it, or choose another folder."
+                ) from None
+            yield
+
+    def open(self, description, *, resume):
+        """Starts or continues a run.
+
+        Args:
+            description: {"settings": ..., "preset": ..., "data": ...,
+                "versions": ...}, written as config.json.
+            resume: whether what is there may be continued.
+
+        Returns:
+            Whether a run of the same description is there already.
+
+        Raises:
+            UserError: the folder holds a run of another description.
+        """
+        file = self.path / "config.json"
+        if not resume:
+            self.clear()
+        if not file.exists():
+            self.write("config.json", description)
+            return False
+        old = json.loads(file.read_text())
+        differences = list(_differences(old, description))
+        if differences:
+            raise config.UserError(
+                f"--run_dir={self.path} holds another run:\n"
+                + "\n".join(differences)
+                + "\nUse another --run_dir, or --noresume to start afresh "
+                "(what the folder holds is then removed)."
+            )
+        return True
+
+    def clear(self):
+        """Removes what a run writes, and nothing else."""
+        for name in _OWN:
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def write(self, name, value):
+        """`value` as the JSON file `name`, complete or absent."""
+        with atomic.replacing(self.path / name) as partial:
+            text = json.dumps(value, indent=1, ensure_ascii=False)
+            partial.write_text(text + "\n", encoding="utf-8")
+
+    def read(self, name):
+        """The JSON file `name`; None where it is absent."""
+        file = self.path / name
+        return json.loads(file.read_text("utf-8")) if file.exists() else None
+
+    def write_lines(self, name, values):
+        """`values` as the JSONL file `name`, complete or absent."""
+        with atomic.replacing(self.path / name) as partial:
+            lines = [json.dumps(v, ensure_ascii=False) for v in values]
+            partial.write_text("".join(f"{x}\n" for x in lines), "utf-8")
+
+    def append(self, line):
+        """One line of metrics.jsonl."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self):
+        """The lines of metrics.jsonl; a torn last line is left out."""
+        file = self.path / "metrics.jsonl"
+        lines = []
+        for text in file.read_text().splitlines() if file.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):
+                lines.append(json.loads(text))
+        return lines
+
+    def rewind(self, step):
+        """Drops the metrics after `step`, which will be made again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        self.write_lines("metrics.jsonl", kept)
+
+    def draw(self):
+        """curves.png: loss, held-out loss and learning rate over steps."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        lines = self.metrics()
+        figure, (upper, lower) = pyplot.subplots(
+            2, 1, sharex=True, figsize=(7, 6), height_ratios=(3, 1)
+        )
+        for axes, key, label in (
+            (upper, "loss", "training"),
+            (upper, "eval_loss", "held out"),
+            (lower, "learning_rate", "learning rate"),
+        ):
+            points = [(m["step"], m[key]) for m in lines if key in m]
+            if points:
+                style = "o-" if key == "eval_loss" else "-"
+                axes.plot(*zip(*points), style, label=label, markersize=4)
+        upper.set_ylabel("loss (nats a token)")
+        lower.set_ylabel("learning rate")
+        lower.set_xlabel("optimizer step")
+        if upper.lines:
+            upper.legend()
+        figure.tight_layout()
+        with atomic.replacing(self.path / "curves.png") as partial:
+            figure.savefig(partial, format="png", dpi=110)
+        pyplot.close(figure)
+
+
+def _differences(old, new):
+    """Lines that say how two descriptions of a run differ."""
+    for section in ("settings", "preset", "tokenizer", "data"):
+        before, after = old.get(section), new.get(section)
+        if section != "settings":
+            if before != after:
+                yield f"  {section}: its content has changed"
+            continue
+        for path in sorted({*before, *after} - _FREE):
+            if before.get(path) != after.get(path):
+                yield (
+                    f"  --{path}: {before.get(path)!r} there, "
+                    f"{after.get(path)!r} now"
+                )
+
+
+def describe(cfg, backend, loaded, data):
+    """What config.json holds: settings, versions and fingerprints."""
+    return {
+        "settings": config.flatten(cfg),
+        "backend": backend,
+        "versions": runtime.versions(),
+        "preset": loaded.fingerprint,
+        "tokenizer": loaded.tokenizer.fingerprint,
+        "data": data,
+    }

@@ -1,0 +1,392 @@
+"""The one trainer: `FineTuner`, and a run from settings to adapters.
+
+`build` makes the model and what trains it; `run` is the whole job. One
+`compute_loss` serves Keras's own train step on every backend.
+"""
+
+import dataclasses
+import math
+import signal
+import time
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_gemma_ft import config, runtime
+from keras_gemma_ft.data import pipeline
+from keras_gemma_ft.model import forward, lora, presets
+from keras_gemma_ft.tuning import (
+    callbacks,
+    checkpoint,
+    objectives,
+    optimizer,
+    results,
+    run_folder,
+)
+
+
+class FineTuner(keras.Model):
+    """`GemmaCausalLM` seen as what `fit` wants: batch in, loss out.
+
+    Args:
+        causal_lm: with LoRA on, or with every weight trainable.
+        objective: a function of `objectives.OBJECTIVES`.
+        accumulation: micro-batches an optimizer step.
+        recompute: recompute each decoder block in the backward pass.
+        chunk: tokens whose logits exist at once; 0 picks by memory.
+        seed: of dropout.
+    """
+
+    def __init__(
+        self,
+        causal_lm,
+        objective=objectives.sft,
+        *,
+        accumulation=1,
+        recompute=False,
+        chunk=0,
+        seed=0,
+    ):
+        # The forward pass casts for itself: float32 adapters must not be
+        # rounded on reading.
+        super().__init__(autocast=False)
+        self.causal_lm = causal_lm
+        self.objective = objective
+        self.accumulation = accumulation
+        self.recompute, self.chunk = recompute, chunk
+        settings = getattr(causal_lm.backbone, "lora", None)
+        dropout = settings.dropout if settings else 0.0
+        self.dropout = (
+            keras.random.SeedGenerator(seed, name="dropout")
+            if dropout
+            else None
+        )
+        self.step, self.last_loss, self.stopped = 0, 0.0, None
+
+    @property
+    def backbone(self):
+        return self.causal_lm.backbone
+
+    @property
+    def seeds(self):
+        """The state of what draws random numbers, for a checkpoint."""
+        return [self.dropout.state] if self.dropout else []
+
+    def trainable_count(self):
+        """Numbers that are trained."""
+        return sum(math.prod(v.shape) for v in self.trainable_variables)
+
+    def learning_rate(self, step):
+        """The learning rate of optimizer step `step`, counted from 0."""
+        schedule = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+        value = schedule._learning_rate(step * self.accumulation)
+        return float(ops.convert_to_numpy(value))
+
+    def call(self, x, training=False):
+        """Batch x -> hidden states [B, T, d]; never logits."""
+        seed = self.dropout.next() if training and self.dropout else None
+        return forward.hidden_states(
+            self.backbone,
+            x["token_ids"],
+            x["segment_ids"],
+            x["positions"],
+            recompute=self.recompute and training,
+            seed=seed,
+        )
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        """The objective's scalar; see `pipeline` for the normalisation."""
+        return self.objective(
+            self.backbone,
+            y_pred,
+            y,
+            sample_weight,
+            chunk=self.chunk,
+            table_trained=training
+            and self.backbone.token_embedding.embeddings.trainable,
+        )
+
+    def held_out_loss(self, batches, steps):
+        """Mean loss of all learned tokens of `pipeline.eval_batches`."""
+        logs = self.evaluate(
+            batches, steps=steps, verbose=0, return_dict=True
+        )
+        return float(logs["loss"])
+
+
+def policy(cfg, dtype):
+    """The dtype policy of the base: what is trained stays float32."""
+    if cfg.lora.rank or dtype == "float32":
+        return dtype
+    return f"mixed_{dtype}"
+
+
+def load(cfg):
+    """`presets.Loaded` in the run's dtype, with its adapter if asked for."""
+    dtype, why = runtime.choose_dtype(cfg.model.dtype)
+    runtime.say(f"dtype: {dtype} ({why}); loading {cfg.preset}")
+    loaded = presets.load(cfg.preset, dtype=policy(cfg, dtype))
+    backbone = loaded.causal_lm.backbone
+    runtime.say(
+        f"model: {backbone.count_params():,} parameters, "
+        f"{backbone.num_layers} layers, {len(backbone.variables)} variables "
+        f"loaded once each, sha256 {loaded.fingerprint[:12]}"
+    )
+    return loaded
+
+
+def build(cfg, loaded, *, steps, warmup):
+    """Adapters, optimizer and `FineTuner` for `cfg`, compiled."""
+    backbone = loaded.causal_lm.backbone
+    if cfg.lora.rank:
+        lora.enable(backbone, cfg.lora, seed=cfg.seed)
+    accumulation = pipeline.micro_batches(
+        cfg.data.batch_size, cfg.data.micro_batch_size
+    )[1]
+    tuner = FineTuner(
+        loaded.causal_lm,
+        accumulation=accumulation,
+        recompute=recompute(cfg, backbone),
+        chunk=cfg.train.loss_chunk,
+        seed=cfg.seed,
+    )
+    tuner.compile(
+        optimizer=optimizer.build(
+            cfg.train,
+            tuner.trainable_variables,
+            steps=steps,
+            warmup=warmup,
+            accumulation=accumulation,
+            float16=backbone.compute_dtype == "float16",
+        )
+    )
+    return tuner
+
+
+def recompute(cfg, backbone):
+    """`--model.remat`: auto recomputes from 500 M parameters on."""
+    if cfg.model.remat == "auto":
+        return backbone.count_params() > 5e8
+    return cfg.model.remat == "block"
+
+
+def run(cfg, backend):
+    """A whole run: what `python -m keras_gemma_ft.train` does.
+
+    Args:
+        cfg: `config.Config`.
+        backend: the backend's name, for the record.
+
+    Returns:
+        The result: what summary.json holds.
+
+    Raises:
+        config.UserError: see the message.
+        runtime.Stopped: time was up or SIGTERM came; run again to go on.
+    """
+    began = time.monotonic()
+    folder = run_folder.RunFolder(cfg.run_dir)
+    with folder.locked():
+        loaded = load(cfg)
+        job = Job.prepare(cfg, loaded)
+        description = run_folder.describe(
+            cfg, backend, loaded, job.fingerprints()
+        )
+        resumed = folder.open(description, resume=cfg.resume)
+        summary = folder.read("summary.json")
+        if resumed and summary and summary["status"] == "done":
+            runtime.say(f"{folder.path} is a finished run; --noresume repeats")
+            return summary
+        job.show_proof()
+        tuner = build(cfg, loaded, steps=job.steps, warmup=job.warmup)
+        runtime.say(
+            f"training {tuner.trainable_count():,} parameters "
+            f"for {job.steps} steps"
+        )
+        return _train(cfg, folder, job, tuner, began, backend)
+
+
+@dataclasses.dataclass
+class Job:
+    """The data of a run and its durations, in optimizer steps."""
+
+    cfg: config.Config
+    tokenizer: object
+    rows: pipeline.Prepared
+    held_out: object
+    steps: int
+    steps_per_epoch: int
+
+    @classmethod
+    def prepare(cls, cfg, loaded):
+        rows = pipeline.prepare(cfg.data, loaded.tokenizer, "train", cfg.seed)
+        held = pipeline.prepare(cfg.data, loaded.tokenizer, "eval", cfg.seed)
+        each = pipeline.steps(rows, cfg.data.batch_size)
+        steps = cfg.train.steps or pipeline.steps(
+            rows, cfg.data.batch_size, cfg.train.epochs
+        )
+        for name, part in (("train", rows), ("eval", held)):
+            if part is not None:
+                runtime.say(f"{name} data: {results.sentence(part.report)}")
+        return cls(cfg, loaded.tokenizer, rows, held, steps, each)
+
+    def duration(self, text):
+        return config.duration(
+            text, total=self.steps, steps_per_epoch=self.steps_per_epoch
+        )
+
+    @property
+    def warmup(self):
+        return self.duration(self.cfg.train.warmup)
+
+    @property
+    def micro_batch_size(self):
+        return self.cfg.data.micro_batch_size or self.cfg.data.batch_size
+
+    def fingerprints(self):
+        parts = {"train": self.rows, "eval": self.held_out}
+        return {
+            name: part.report["sources"]
+            for name, part in parts.items()
+            if part is not None
+        }
+
+    def batches(self, start, count):
+        """Micro-batches of `count` optimizer steps from `start` on."""
+        return pipeline.train_batches(
+            self.rows,
+            batch_size=self.cfg.data.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            seed=self.cfg.seed,
+            start_step=start,
+            steps=count,
+        )
+
+    def held_out_batches(self):
+        """(batches, how many): the arguments of `held_out_loss`."""
+        size = self.micro_batch_size
+        batches = pipeline.eval_batches(self.held_out, batch_size=size)
+        return batches, pipeline.steps(self.held_out, size)
+
+    def show_proof(self):
+        batch = next(iter(self.batches(0, 1)))
+        runtime.say("the first batch, learned tokens in ⟦ ⟧:")
+        runtime.say(pipeline.proof(batch, self.tokenizer))
+
+    def token_counter(self):
+        """Function of a step: (row tokens, learned tokens) before it."""
+        size = self.cfg.data.batch_size
+        lengths = np.array(
+            [
+                sum(self.rows.starts[e + 1] - self.rows.starts[e] - 1
+                    for e in row)
+                for row in self.rows.rows
+            ]
+        )
+        seen = np.zeros((self.steps + 1, 2), "int64")
+        for step in range(self.steps):
+            rows = pipeline.rows_of_step(
+                self.rows, step, batch_size=size, seed=self.cfg.seed
+            )
+            here = lengths[rows].sum(), self.rows.learned[rows].sum()
+            seen[step + 1] = seen[step] + here
+        return lambda step: (int(seen[step][0]), int(seen[step][1]))
+
+
+def _train(cfg, folder, job, tuner, began, backend):
+    """Before, fit, after, exports, summary."""
+    judge = results.Judge(cfg, job, tuner)
+    found = checkpoint.latest(folder.path) if cfg.resume else None
+    facts = {}
+    if found:
+        path, facts = found
+        checkpoint.restore(path, tuner)
+        tuner.step = facts["step"]
+        runtime.say(f"continuing at step {tuner.step} of {job.steps}")
+    folder.rewind(tuner.step)
+    before = folder.read("before.json")
+    if before is None or not found:
+        before = judge.judge("before")
+        folder.write("before.json", before)
+    clock, evaluate = _fit(cfg, folder, job, tuner, facts)
+    summary = results.summary(cfg, tuner, clock, backend, began)
+    folder.draw()
+    if tuner.stopped:
+        _stop(folder, tuner, summary)
+    if evaluate and math.isfinite(evaluate.best["eval_loss"]):
+        if evaluate.best["step"] != tuner.step:
+            callbacks.load_best(folder, tuner)
+        summary["best_step"] = evaluate.best["step"]
+    after = judge.judge("after")
+    results.finish(cfg, folder, tuner, job, before, after, summary)
+    return summary
+
+
+def _stop(folder, tuner, summary):
+    """Ends a run early: resumable, or refused where the loss is NaN."""
+    if "finite" in tuner.stopped:
+        raise config.UserError(
+            f"{tuner.stopped} near step {tuner.step}. Try a lower "
+            f"--train.learning_rate, or --model.dtype=float32. The last good "
+            f"checkpoint stays in {folder.path}."
+        )
+    summary["status"] = "stopped"
+    folder.write("summary.json", summary)
+    raise runtime.Stopped(
+        f"{tuner.stopped} at step {tuner.step}. The same command goes on.",
+        summary,
+    )
+
+
+def _fit(cfg, folder, job, tuner, facts):
+    """Runs `fit` from `tuner.step` to the end; returns (clock, evaluate)."""
+    train = cfg.train
+    window = min(max(1, job.duration(train.log_every)), job.steps)
+    clock = callbacks.Clock(
+        folder, job.token_counter(), steps=job.steps, start=tuner.step
+    )
+    evaluate = None
+    if job.held_out is not None and job.duration(train.eval_every):
+        evaluate = callbacks.Evaluate(
+            folder,
+            *job.held_out_batches(),
+            every=job.duration(train.eval_every),
+            steps=job.steps,
+            patience=train.patience,
+            best=facts.get("best"),
+        )
+    limit = config.seconds(train.time_budget)
+    keeper = callbacks.Checkpoint(
+        folder,
+        every=job.duration(train.checkpoint_every),
+        steps=job.steps,
+        keep=train.keep_checkpoints,
+        deadline=None if limit is None else time.monotonic() + limit,
+        facts=lambda: {"best": evaluate.best} if evaluate else {},
+    )
+    calls = [clock, callbacks.StopOnNaN(), evaluate, keeper]
+    calls = [call for call in calls if call is not None]
+
+    def terminate(number, frame):
+        keeper.terminated = True
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        whole, rest = divmod(job.steps - tuner.step, window)
+        for count, size in ((whole, window), (1, rest)):
+            if count * size and not tuner.stop_training:
+                tuner.fit(
+                    job.batches(tuner.step, count * size),
+                    epochs=count,
+                    steps_per_epoch=size * tuner.accumulation,
+                    callbacks=calls,
+                    shuffle=False,
+                    verbose=0,
+                )
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        clock.bar.close()
+    return clock, evaluate

@@ -1,0 +1,308 @@
+"""The Gemma 2 name table; KerasHub's import and transformers as witnesses."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from keras_gemma_ft.config import UserError
+from keras_gemma_ft.formats import huggingface, names
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+VOCABULARY = "shared/data/gemma_tiny_vocabs/gemma_export_vocab.spm"
+# heads*head_dim != hidden_dim, and a query scale that is not head_dim's.
+BACKBONE = dict(
+    vocabulary_size=97,
+    num_layers=3,
+    num_query_heads=4,
+    num_key_value_heads=2,
+    hidden_dim=40,
+    intermediate_dim=112,
+    head_dim=16,
+    query_head_dim_normalize=False,
+    query_pre_attn_scalar=10,
+    use_post_ffw_norm=True,
+    use_post_attention_norm=True,
+    attention_logit_soft_cap=50.0,
+    final_logit_soft_cap=30.0,
+    use_sliding_window_attention=True,
+    sliding_window_size=8,
+)
+CONFIG = huggingface.huggingface_config(BACKBONE)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders that transformers wrote: whole, and in shards."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**CONFIG))
+    for name, value in model.named_parameters():
+        if "norm" in name:  # Zero at the start, so unfit to show a mix-up.
+            torch.nn.init.normal_(value)
+    root = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(root / "one")
+    model.save_pretrained(root / "many", max_shard_size="20KB")
+    model.bfloat16().save_pretrained(root / "bfloat16")
+    return root
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    shutil.copytree(saved / "many", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refusal(folder):
+    with pytest.raises(UserError) as caught:
+        huggingface.read_tensors(folder)
+    print(caught.value)
+    return str(caught.value)
+
+
+def test_table_goes_both_ways():
+    rng = np.random.default_rng(0)
+    seen = set()
+    for path, shape in names.variable_shapes(BACKBONE).items():
+        array = rng.normal(size=shape)
+        name, stored = names.to_huggingface(path, array)
+        back, again = names.to_keras(name, stored, head_dim=16)
+        assert (back, name) == (path, names.huggingface_name(path))
+        np.testing.assert_array_equal(again, array)
+        seen.add(name)
+    assert len(seen) == 2 + 3 * 11
+    for unknown in ("model.layers.0.mlp.x_proj.weight", "lm_head.weight", ""):
+        assert names.keras_path(unknown) is None
+        with pytest.raises(UserError, match="not the name"):
+            names.to_keras(unknown, array, head_dim=16)
+        with pytest.raises(UserError, match="not a variable"):
+            names.to_huggingface(unknown, array)
+
+
+@pytest.mark.parametrize("form", ["one", "many", "bfloat16"])
+def test_tensors_are_those_of_transformers(saved, form):
+    import torch
+    import transformers
+
+    dtype = torch.bfloat16 if form == "bfloat16" else torch.float32
+    model = transformers.Gemma2ForCausalLM.from_pretrained(
+        saved / form, dtype=dtype
+    )
+    want = {k: v.float().numpy() for k, v in model.state_dict().items()}
+    want.pop("lm_head.weight", None)
+    shapes = names.variable_shapes(BACKBONE)
+    for path, array in huggingface.read_tensors(saved / form):
+        assert array.shape == shapes.pop(path)
+        assert str(array.dtype) == ("bfloat16" if "b" in form else "float32")
+        name, stored = names.to_huggingface(path, array)
+        np.testing.assert_array_equal(
+            stored.astype("float32"), want.pop(name), path
+        )
+    assert not shapes and not want
+
+
+def test_keras_hub_imports_the_same_arrays(saved, tmp_path):
+    keras_hub = pytest.importorskip("keras_hub")
+    from keras import ops
+
+    vocabularies = [p / VOCABULARY for p in (ROOT, ROOT.parent)]
+    vocabulary = next((p for p in vocabularies if p.is_file()), None)
+    if vocabulary is None:
+        pytest.skip("no SentencePiece vocabulary at hand")
+    shutil.copytree(saved / "one", tmp_path / "model")
+    shutil.copy(vocabulary, tmp_path / "model" / "tokenizer.model")
+    backbone = keras_hub.models.GemmaBackbone.from_preset(
+        str(tmp_path / "model"), dtype="float32"
+    )
+    want = {v.path: ops.convert_to_numpy(v) for v in backbone.weights}
+    for path, array in huggingface.read_tensors(tmp_path / "model"):
+        np.testing.assert_array_equal(array, want.pop(path), path)
+    assert not want
+    # Its settings are ours too.
+    ours = huggingface.backbone_config(CONFIG)
+    ours.pop("query_pre_attn_scalar")
+    theirs = backbone.get_config()
+    assert ours == {name: theirs[name] for name in ours}
+
+
+def test_config_goes_both_ways(saved):
+    assert huggingface.backbone_config(CONFIG) == BACKBONE
+    written = json.loads((saved / "one" / "config.json").read_text())
+    assert huggingface.backbone_config(written) == BACKBONE
+    assert written["layer_types"] == CONFIG["layer_types"]
+    assert written["rope_parameters"]["rope_theta"] == 10000.0
+    assert written["eos_token_id"] == [1, 107]
+    assert CONFIG["layer_types"][:2] == ["sliding_attention", "full_attention"]
+    # As the 2024 files of google/gemma-2-27b have it: no layer_types, flat.
+    old = {k: v for k, v in CONFIG.items() if k[:5] not in ("rope_", "layer")}
+    assert huggingface.backbone_config(old | {"rope_theta": 1e4}) == BACKBONE
+
+
+@pytest.mark.parametrize(
+    "normalize,scalar,want",
+    [(True, None, 16), (False, None, 10), (False, 144, 144)],
+)
+def test_query_scale(normalize, scalar, want):
+    backbone = BACKBONE | dict(
+        query_head_dim_normalize=normalize, query_pre_attn_scalar=scalar
+    )
+    config = huggingface.huggingface_config(backbone)
+    assert config["query_pre_attn_scalar"] == want
+
+
+def test_config_of_another_architecture():
+    for kind in ("gemma", "llama", None):
+        with pytest.raises(UserError, match="expected 'gemma2'"):
+            huggingface.backbone_config(CONFIG | {"model_type": kind})
+    with pytest.raises(UserError, match="use_post_ffw_norm not set"):
+        huggingface.huggingface_config(BACKBONE | {"use_post_ffw_norm": False})
+
+
+def test_config_lists_every_complaint():
+    bad = dict(
+        hidden_size=-1,
+        head_dim="16",
+        sliding_window=None,
+        hidden_activation="silu",
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        attention_bias=True,
+        rope_parameters={"rope_theta": 1e6, "rope_type": "yarn"},
+        quantization_config={"bits": 4},
+        layer_types=["full_attention"] * 3,
+    )
+    config = CONFIG | bad
+    del config["attn_logit_softcapping"], config["num_key_value_heads"]
+    with pytest.raises(UserError) as caught:
+        huggingface.backbone_config(config)
+    print(caught.value)
+    for name in (*bad, "attn_logit_softcapping is missing", "num_key_value_"):
+        part = {"rope_parameters": "rope_type='yarn'"}.get(name, name)
+        assert part in str(caught.value)
+    assert "rope_theta=1000000.0" in str(caught.value)
+
+
+def test_is_huggingface(saved, tmp_path):
+    assert huggingface.is_huggingface(saved / "one")
+    assert not huggingface.is_huggingface(tmp_path)
+    for text in ('{"registered_name": "GemmaBackbone"}', "[]", "{"):
+        (tmp_path / "config.json").write_text(text)
+        assert not huggingface.is_huggingface(tmp_path)
+
+
+# --- what is refused, and that the message lists every offender ------------
+
+
+def rewrite(shard, change):
+    tensors = dict(safetensors.numpy.load_file(shard))
+    change(tensors)
+    safetensors.numpy.save_file(tensors, shard, {"format": "pt"})
+
+
+def shard_of(folder, name):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return folder / index["weight_map"][name]
+
+
+def test_missing_and_truncated_shards(folder):
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-1])
+    message = refusal(folder)
+    assert f"{first.name}: missing" in message
+    assert f"{second.name}: missing, truncated or damaged" in message
+    for name, array in safetensors_names(folder):
+        assert f"{name}: missing" not in message
+
+
+def safetensors_names(folder):
+    for shard in sorted(folder.glob("*.safetensors"))[1:]:
+        yield from safetensors.numpy.load_file(shard).items()
+
+
+def test_wrong_tensors_are_all_named(folder):
+    query = "model.layers.0.self_attn.q_proj.weight"
+    key = "model.layers.1.self_attn.k_proj.weight"
+    norm = "model.layers.2.input_layernorm.weight"
+
+    rewrite(shard_of(folder, query), lambda t: t.pop(query))
+    rewrite(
+        shard_of(folder, key),
+        lambda t: t.update({key: t[key].T.copy(), "surplus": np.ones(1)}),
+    )
+    rewrite(
+        shard_of(folder, norm),
+        lambda t: t.update({norm: t[norm].astype("int8")}),
+    )
+    message = refusal(folder)
+    assert f"{query}: missing" in message
+    assert f"{key}: shape (40, 32), expected (32, 40)" in message
+    assert "surplus: unexpected" in message
+    assert f"{norm}: dtype I8" in message
+
+
+def test_a_tensor_in_two_shards(folder):
+    name = "model.norm.weight"
+    home = shard_of(folder, name)
+    other = next(p for p in sorted(folder.glob("*.safetensors")) if p != home)
+    rewrite(other, lambda t: t.update({name: np.ones(40, "float32")}))
+    message = refusal(folder)
+    assert name in message and home.name in message and other.name in message
+
+
+def test_tied_head_and_rotary_tables_are_ignored(folder):
+    shard = shard_of(folder, "model.norm.weight")
+    rewrite(
+        shard,
+        lambda t: t.update(
+            {
+                "lm_head.weight": np.ones((97, 40), "float32"),
+                "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8),
+            }
+        ),
+    )
+    assert len(list(huggingface.read_tensors(folder))) == 35
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../secret.safetensors",
+        "/etc/x.safetensors",
+        "a/b.safetensors",
+        "..\\x.safetensors",
+        "C:x.safetensors",
+        "weights.bin",
+        ".safetensors",
+        "",
+        7,
+        None,
+    ],
+)
+def test_shard_names_cannot_leave_the_folder(folder, shard):
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.norm.weight"] = shard
+    index.write_text(json.dumps(content))
+    message = refusal(folder)
+    assert "not plain .safetensors file names" in message
+    assert repr(str(shard)) in message
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"weight_map": []}', "[1]"])
+def test_broken_index(folder, text):
+    (folder / "model.safetensors.index.json").write_text(text)
+    assert "Fetch the file again" in refusal(folder) or text == "[1]"
+
+
+def test_pickle_only_folder(folder):
+    for path in folder.glob("model*"):
+        path.unlink()
+    assert "neither" in refusal(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    message = refusal(folder)
+    assert "pytorch_model.bin" in message and "safe_serialization" in message
