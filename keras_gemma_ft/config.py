@@ -7,9 +7,11 @@ default < the embedded model's recipe < `--config` file < command line.
 
 import dataclasses
 import difflib
+import math
 import pathlib
 import re
 import runpy
+import traceback
 
 from absl import flags
 
@@ -258,10 +260,7 @@ def _checked(path, field, value):
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not kind:
-        raise UserError(
-            f"--{path} takes a value like {field.default!r} "
-            f"({kind.__name__}), got {value!r}."
-        )
+        raise UserError(_expected(path, field, value))
     choices = field.metadata["choices"]
     if choices and value not in choices:
         raise UserError(
@@ -269,6 +268,16 @@ def _checked(path, field, value):
             + did_you_mean(str(value), choices)
         )
     return value
+
+
+def _expected(path, field, value):
+    """What a setting of a wrong type is told."""
+    default = field.default
+    shown = str(default).lower() if type(default) is bool else repr(default)
+    return (
+        f"--{path} takes a value like {shown} "
+        f"({type(default).__name__}), got {value!r}."
+    )
 
 
 def _define_flags():
@@ -291,7 +300,7 @@ def help_text(doc):
     lines = [doc.strip(), "", "Settings (--name=value):"]
     lines += ["  --config=FILE.py\n      a file whose get_config() -> Config"]
     for path, field, default in walk(Config()):
-        shown = {True: "true", False: "false"}.get(default, default)
+        shown = str(default).lower() if type(default) is bool else default
         choices = field.metadata["choices"]
         more = f" [{'|'.join(choices)}]" if choices else ""
         lines += [f"  --{path}={shown}", f"      {field.metadata['help']}{more}"]
@@ -316,8 +325,11 @@ def from_flags(argv):
             f"unknown flag --{error.flagname}."
             f"{did_you_mean(error.flagname, known)} --help lists every flag."
         ) from None
-    except flags.Error as error:
-        raise UserError(f"{error} --help lists every flag.") from None
+    except flags.IllegalFlagValueError as error:
+        raise UserError(_wrong_type(str(error))) from None
+    except (flags.Error, ValueError) as error:
+        # ValueError: --noresume=3 "does not take an argument".
+        raise UserError(f"{error}. --help lists every flag.") from None
     if len(rest) > 1:
         raise UserError(
             f"expected only --flags, got {' '.join(rest[1:])!r}. "
@@ -334,15 +346,22 @@ def from_flags(argv):
     return config
 
 
+def _wrong_type(text):
+    """absl's "flag --lora.rank=x: invalid literal..." in our words."""
+    path, _, value = text.removeprefix("flag --").partition("=")
+    for known, field, _ in walk(Config()):
+        if known == path:
+            return _expected(path, field, value.partition(": ")[0])
+    return text
+
+
 def _base(path, preset):
     """What the command line is laid over: a file's Config, or defaults."""
     if path:
         return load_file(path)
     if preset in (None, EMBEDDED_PRESET):
         # A 3 M parameter model wants a far larger step than a 2 B one.
-        from keras_gemma_ft.embedded import recipe
-
-        return recipe.get_config()
+        return load_file(pathlib.Path(__file__).parent / "embedded/recipe.py")
     return Config()
 
 
@@ -355,20 +374,29 @@ def load_file(path):
             f"--config={path}: no such file.{did_you_mean(str(path), near)}"
         )
     try:
-        get_config = runpy.run_path(str(path))["get_config"]
-    except KeyError:
-        raise UserError(
-            f"--config={path}: expected a function get_config() in it."
-        ) from None
-    except SyntaxError as error:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config is None:
+            raise UserError("expected a function get_config() in it.")
+        config = get_config()
+        if not isinstance(config, Config):
+            raise UserError(
+                f"get_config() returned a {type(config).__name__}, "
+                f"expected keras_gemma_ft.config.Config."
+            )
+        # Nothing has checked the types that the file gave to dataclasses.
+        return replace(config, flatten(config))
+    except UserError as error:
         raise UserError(f"--config={path}: {error}") from None
-    config = get_config()
-    if not isinstance(config, Config):
+    except Exception as error:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if frame.filename == str(path)
+        ]
+        where = f", line {lines[-1]}" if lines else ""
         raise UserError(
-            f"--config={path}: get_config() returned a "
-            f"{type(config).__name__}, expected keras_gemma_ft.config.Config."
-        )
-    return config
+            f"--config={path}{where}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def targets(lora):
@@ -424,6 +452,28 @@ def seconds(text):
     return float(match[1]) * _SECONDS[match[2]]
 
 
+def _check_generate(generate):
+    """What the samplers cannot work with, one message each."""
+    wrong = []
+    if generate.max_new_tokens < 1:
+        wrong.append(
+            f"--generate.max_new_tokens={generate.max_new_tokens}: "
+            f"expected 1 or more."
+        )
+    if not 0 < generate.temperature < math.inf:
+        wrong.append(
+            f"--generate.temperature={generate.temperature}: expected above "
+            f"0. For the likeliest word use --generate.sampler=greedy."
+        )
+    if generate.top_k < 1:
+        wrong.append(f"--generate.top_k={generate.top_k}: expected 1 or more.")
+    if not 0 < generate.top_p <= 1:
+        wrong.append(
+            f"--generate.top_p={generate.top_p}: expected above 0, at most 1."
+        )
+    return wrong
+
+
 def check(config):
     """Refuses settings that cannot work, every offence in one message."""
     wrong = []
@@ -447,7 +497,8 @@ def check(config):
         micro < 0 or (micro and data.batch_size % micro),
         f"--data.micro_batch_size={micro} does not divide "
         f"--data.batch_size={data.batch_size}. Try "
-        f"--data.batch_size={max(1, data.batch_size // max(1, micro)) * micro}"
+        f"--data.batch_size="
+        f"{max(1, data.batch_size // max(1, micro)) * max(1, micro)}"
         f" or --data.micro_batch_size=1.",
     )
     refuse(lora.rank < 0, f"--lora.rank={lora.rank}: expected 0 or more.")
@@ -457,18 +508,29 @@ def check(config):
         f"{lora.targets} has nothing to adapt. Drop it, or use --lora.rank=8.",
     )
     refuse(
+        lora.rank == 0 and config.model.quantize != "none",
+        f"--model.quantize={config.model.quantize} freezes the kernels, "
+        f"--lora.rank=0 trains them. Use --lora.rank=8.",
+    )
+    refuse(
         not 0 <= lora.dropout < 1,
         f"--lora.dropout={lora.dropout}: expected 0 or more and below 1.",
     )
     refuse(
-        train.steps < 0 or train.epochs < 0,
+        train.steps < 0 or not 0 <= train.epochs < math.inf,
         f"--train.steps={train.steps} --train.epochs={train.epochs}: "
         f"expected 0 or more.",
     )
     refuse(
-        train.learning_rate <= 0,
+        not 0 < train.learning_rate < math.inf,
         f"--train.learning_rate={train.learning_rate}: expected above 0.",
     )
+    refuse(config.seed < 0, f"--seed={config.seed}: expected 0 or more.")
+    refuse(
+        not config.run_dir.strip(),
+        "--run_dir is empty; name a folder: --run_dir=runs/mine.",
+    )
+    wrong += _check_generate(config.generate)
     for check_one in (
         lambda: targets(lora),
         lambda: seconds(train.time_budget),

@@ -13,6 +13,7 @@ import pathlib
 import platform
 import sys
 import time
+import traceback
 
 from absl import logging
 
@@ -57,6 +58,10 @@ def main(verb, doc):
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
             result, status = {"status": "interrupted"}, RESUMABLE
+        except Exception as error:
+            traceback.print_exc()
+            what = f"{type(error).__name__}: {error}"
+            result = {"status": "bug", "error": what}
     print(json.dumps(result, ensure_ascii=False), flush=True)
     sys.exit(status)
 
@@ -135,7 +140,8 @@ def cuda():
     """Is an NVIDIA GPU attached and visible?"""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
-    return pathlib.Path("/dev/nvidia0").exists()
+    # A container may be lent the fourth GPU alone, which is nvidia3.
+    return any(pathlib.Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _cuda(name):

@@ -130,7 +130,8 @@ def test_all_offenders_are_counted_and_five_shown(write):
 def test_json_array_object_and_lines(write):
     array = write("a.json", json.dumps([GOOD, {"a": 1}], indent=2))
     assert sources.read(array)[0] == [GOOD, {"a": 1}]
-    assert sources.read(write("b.json", json.dumps(GOOD, indent=1)))[0] == [GOOD]
+    one = write("b.json", json.dumps(GOOD, indent=1))
+    assert sources.read(one)[0] == [GOOD]
     assert sources.read(write("c.json", lines(GOOD, GOOD)))[0] == [GOOD, GOOD]
     bad = write("d.json", json.dumps([GOOD, "text", GOOD]))
     assert f"{bad}, record 2: expected an object" in refusal(bad)

@@ -56,7 +56,7 @@ def bag(prompt):
 
 def test_no_request_is_in_both_splits():
     train, held_out = read("train"), read("eval")
-    assert (len(train), len(held_out)) == (2800, 150)
+    assert (len(train), len(held_out)) == (2940, 150)
     shown = {bag(row["prompt"]) for row in train}
     assert not [r for r in held_out if bag(r["prompt"]) in shown]
 
@@ -195,6 +195,11 @@ def test_any_text_comes_back(pieces, text):
 
 def test_digits_are_split(pieces):
     assert pieces.encode("12345", out_type=str) == list("12345")
+
+
+@pytest.mark.parametrize("value", [*range(20), *range(20, 100, 10)])
+def test_number_words_are_pieces(pieces, value):
+    assert len(pieces.encode(" " + sentences.number_words(value, First))) == 1
 
 
 def test_train_tokenizer_again_gives_the_same_bytes(tmp_path):

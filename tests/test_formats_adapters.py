@@ -452,8 +452,8 @@ def test_truncated_files(tmp_path, share, kind):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", "\x00", '{"peft_type": "LORA", "r": "8"}', "{}",
-     "[" * 10**5]
+    "text",
+    ["", "[]", "{", "\0", '{"peft_type": "LORA", "r": "8"}', "{}", "[" * 10**5],
 )
 def test_broken_config(tmp_path, text):
     adapters.write_peft(tmp_path, make("keras"))

@@ -97,7 +97,7 @@ def _read(data, split, seed):
     if split == "eval" and not share:
         spec = data.eval
         if spec == "auto":
-            spec = "demo:eval" if data.train.startswith("demo") else "none"
+            spec = "demo:eval" if data.train in sources.DEMO else "none"
         if spec in ("none", ""):
             return None
     records, report = sources.read(spec, bad_rows=data.bad_rows)

@@ -116,6 +116,8 @@ def prepare(data, tokenizer, split, seed):
             f"data.sequence_length={data.sequence_length}: a row needs at "
             "least 2 tokens. Type --data.sequence_length=512."
         )
+    if seed < 0:
+        raise UserError(f"seed={seed}: expected 0 or more. Type --seed=0.")
     micro_batches(data.batch_size, data.micro_batch_size)
     built = examples.build(data, tokenizer, split, seed)
     if built is None:

@@ -133,8 +133,8 @@ def _missing(path):
     if "://" in path:
         # Not the whole address: it may hold a password.
         return (
-            f"{path.partition('://')[0]}://...: only files, hf://dataset[:split] and demo can be read. "
-            "Download it first."
+            f"{path.partition('://')[0]}://...: only files, "
+            "hf://dataset[:split] and demo can be read. Download it first."
         )
     folder, name = os.path.split(path)
     if not os.path.isdir(folder or "."):

@@ -118,7 +118,7 @@ INTENTS = {
         ),
     ),
     "timer": Intent(
-        rows=(560, 30),
+        rows=(700, 30),
         slots={
             "minutes": tuple(range(2, 61)),
             "label": (
@@ -194,7 +194,7 @@ INTENTS = {
     ),
     "heating": Intent(
         rows=(320, 16),
-        slots={"room": _ROOMS, "degrees": tuple(range(14, 27))},
+        slots={"room": _ROOMS, "degrees": tuple(range(15, 26))},
         orders=(
             "set the heating in the {room} to {degrees}",
             "heat the {room} to {degrees}",
@@ -210,7 +210,7 @@ INTENTS = {
     "oven": Intent(
         rows=(300, 16),
         slots={
-            "degrees": tuple(range(100, 260, 10)),
+            "degrees": tuple(range(100, 250, 10)),
             "mode": (None, "fan", "grill", "steam", "bottom heat"),
         },
         orders=(
@@ -255,7 +255,7 @@ INTENTS = {
     ),
     "volume": Intent(
         rows=(320, 16),
-        slots={"room": _ROOMS, "percent": tuple(range(5, 100, 5))},
+        slots={"room": _ROOMS, "percent": tuple(range(10, 100, 10))},
         orders=(
             "set the volume in the {room} to {percent}",
             "turn the {room} speaker to {percent}",
@@ -291,9 +291,10 @@ def number_words(value, rng):
     hundred = (one if hundreds == 1 else digit) + " hundred"
     if not rest:
         return hundred
-    joints = (hundred + " and ", hundred + " ", digit + " ")
-    # "One five" is no way to say 105.
-    joint = rng.choice(joints if rest >= 10 else joints[:1])
+    joint = hundred + " and "
+    # "One eighty", but "one five" is no way to say 105.
+    if rest >= 10:
+        joint = rng.choice((joint, digit + " "))
     return joint + number_words(rest, rng)
 
 

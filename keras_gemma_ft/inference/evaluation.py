@@ -1,4 +1,78 @@
-"""How well a model answers: exact match over prompts with references."""
+"""How good a model is: held-out loss, exact match, sample answers."""
+
+import math
+
+from keras_gemma_ft import runtime
+from keras_gemma_ft.data import pipeline
+from keras_gemma_ft.inference import sampling
+
+# With --train.exact_match=-1 answers are compared when they are this short.
+_SHORT_ANSWER = 64
+_MOST_PROMPTS = 200
+
+
+class Judge:
+    """Scores the model as it is at that moment, the same way each time.
+
+    Args:
+        cfg: `config.Config`.
+        tuner: has `held_out_loss(batches, steps)` and `causal_lm`.
+        tokenizer: `data.tokens.Tokenizer`.
+        held_out: `data.pipeline.Prepared` to score on, or None.
+        rows: the training rows, whose prompts are answered if held_out is
+            None.
+    """
+
+    def __init__(self, cfg, tuner, tokenizer, held_out, rows=None):
+        self.tuner, self.tokenizer, self.held_out = tuner, tokenizer, held_out
+        self.batch_size = cfg.data.micro_batch_size or cfg.data.batch_size
+        prompts = (held_out or rows).prompts
+        sizes = [len(tokenizer.encode(p.reference)) for p in prompts]
+        count = cfg.train.exact_match
+        if count < 0:
+            short = sizes and max(sizes) < _SHORT_ANSWER
+            count = _MOST_PROMPTS if short and held_out else 0
+        self.count, self.samples = count, cfg.train.samples
+        self.prompts = prompts[: max(count, self.samples)]
+        # Room for the end token, and for an answer that is a little longer.
+        longest = max(sizes[: len(self.prompts)], default=0)
+        self.limit = min(cfg.generate.max_new_tokens, longest + 8)
+        greedy = type(cfg.generate)()
+        self.generator = sampling.Generator(
+            tuner.causal_lm, tokenizer, greedy
+        )
+
+    def batches(self):
+        """(held-out batches, how many): what `held_out_loss` takes."""
+        batches = pipeline.eval_batches(
+            self.held_out, batch_size=self.batch_size
+        )
+        return batches, pipeline.steps(self.held_out, self.batch_size)
+
+    def judge(self, when):
+        """{"eval_loss", "perplexity", "exact_match", "answers"}.
+
+        Keys that do not apply are absent. Loss in nats a learned token;
+        exact match as a share of the prompts answered.
+        """
+        found = {}
+        if self.held_out is not None:
+            loss = self.tuner.held_out_loss(*self.batches())
+            found["eval_loss"] = loss
+            found["perplexity"] = math.exp(min(loss, 700.0))
+        rate, answers = exact_match(
+            self.generator, self.prompts, limit=self.limit
+        )
+        if self.count and rate is not None:
+            found["exact_match"] = rate
+        found["answers"] = answers[: self.samples]
+        told = [
+            f"{name} {value:.4g}"
+            for name, value in found.items()
+            if name != "answers"
+        ]
+        runtime.say(f"{when}: {', '.join(told) or 'sampled'}")
+        return found
 
 
 def exact_match(generator, prompts, *, limit):

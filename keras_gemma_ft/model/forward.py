@@ -137,7 +137,7 @@ def _fold(seed, i):
     if seed is None:
         return None
     # Targets add 0..6 to the second word, so blocks step by 8.
-    return seed + ops.convert_to_tensor([0, 8 * i], "uint32")
+    return seed + ops.convert_to_tensor([0, 8 * i], seed.dtype)
 
 
 def _masks(backbone, query_segments, key_segments, index):
@@ -186,7 +186,9 @@ def _block(backbone, block, masks, rope, seed, x, cache=None, index=None):
     compute, residual = backbone.compute_dtype, residual_dtype(backbone)
 
     def project(target, inputs):
-        kernel = quantize.kernel(lora.layer(block, target), compute)
+        kernel = quantize.kernel(
+            backbone, lora.layer(block, target), compute
+        )
         inputs = ops.cast(inputs, compute)
         return lora.project(
             backbone, block, target, inputs, kernel=kernel, seed=seed

@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, d hidden, n heads, h head_dim, f ffw, r rank.
 """
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_gemma_ft import config
@@ -34,6 +35,15 @@ def layer(block, target):
         "ffw_gating_2": block.gating_ffw_2,
         "ffw_linear": block.ffw_linear,
     }[target]
+
+
+def layers(backbone):
+    """Every EinsumDense of the decoder, in order."""
+    return [
+        layer(block, target)
+        for block in backbone.transformer_layers
+        for target in config.TARGETS
+    ]
 
 
 def enable(backbone, settings, *, seed=0):
@@ -87,8 +97,6 @@ def initial(backbone, *, seed):
     takes the whole (n, d) as fan-in of a per-head A; here fan-in is what one
     output sums over, so that the step size does not depend on the style.
     """
-    import numpy as np
-
     rng = np.random.default_rng(seed)
     weights = {}
     for key, (a, b) in variables(backbone).items():
@@ -142,10 +150,27 @@ def read(backbone):
 
 
 def write(backbone, adapter):
-    """Puts an adapter's arrays into the backbone's variables."""
+    """Puts an adapter's arrays into the backbone's variables.
+
+    A foreign adapter may leave layers out: theirs become zero.
+    """
     for key, pair in variables(backbone).items():
-        for variable, value in zip(pair, adapter.weights[key]):
+        values = adapter.weights.get(key)
+        for i, variable in enumerate(pair):
+            value = np.zeros(variable.shape) if values is None else values[i]
             variable.assign(value)
+
+
+def load(backbone, path):
+    """Turns LoRA on with the adapter at `path`; see `formats.adapters.read`.
+
+    Returns:
+        The `formats.adapters.Adapter`.
+    """
+    adapter = adapters.read(path, backbone.get_config())
+    enable(backbone, settings_of(adapter))
+    write(backbone, adapter)
+    return adapter
 
 
 def settings_of(adapter):
@@ -173,6 +198,8 @@ class _Seed(keras.random.SeedGenerator):
 
     def __init__(self, value):
         self.value = value
+        # Keras's Torch dropout reads it to tell a seeded generator.
+        self._initial_seed = 0
 
     def next(self, ordered=True):
         return self.value
@@ -200,7 +227,7 @@ def project(backbone, block, target, x, *, kernel, seed=None):
     if seed is not None and settings.dropout:
         # Each target its own mask, as PEFT has.
         own = seed + ops.convert_to_tensor(
-            [0, config.TARGETS.index(target)], "uint32"
+            [0, config.TARGETS.index(target)], seed.dtype
         )
         x = keras.random.dropout(x, settings.dropout, seed=_Seed(own))
     if target in _HEADS:

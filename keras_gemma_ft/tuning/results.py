@@ -2,14 +2,9 @@
 
 import time
 
-from keras_gemma_ft import config, runtime
+from keras_gemma_ft import runtime
 from keras_gemma_ft.formats import adapters, atomic
-from keras_gemma_ft.inference import evaluation, sampling
 from keras_gemma_ft.model import lora, presets
-
-# With --train.exact_match=-1 answers are compared when they are this short.
-_SHORT_ANSWER = 64
-_MOST_PROMPTS = 200
 
 
 def sentence(report):
@@ -21,55 +16,6 @@ def sentence(report):
         f"{report['rows']} rows, {report['padding']:.1%} padding, "
         f"{report['truncated']} truncated, dropped: {dropped or 'none'}"
     )
-
-
-class Judge:
-    """Scores the model as it is: held-out loss, exact match, samples.
-
-    Args:
-        cfg: `config.Config`.
-        job: `trainer.Job`.
-        tuner: `trainer.FineTuner`.
-    """
-
-    def __init__(self, cfg, job, tuner):
-        self.job, self.tuner = job, tuner
-        prompts = (job.held_out or job.rows).prompts
-        encode = job.tokenizer.encode
-        sizes = [len(encode(p.reference)) for p in prompts]
-        count = cfg.train.exact_match
-        if count < 0:
-            short = sizes and max(sizes) < _SHORT_ANSWER
-            count = _MOST_PROMPTS if short and job.held_out else 0
-        self.prompts = prompts[: max(count, cfg.train.samples)]
-        self.count, self.samples = count, cfg.train.samples
-        # Room for the end token, and for an answer that is a little longer.
-        used = sizes[: len(self.prompts)]
-        self.limit = min(cfg.generate.max_new_tokens, max(used, default=0) + 8)
-        self.generator = sampling.Generator(
-            tuner.causal_lm, job.tokenizer, config.Generate()
-        )
-
-    def judge(self, when):
-        """{"eval_loss", "exact_match", "answers"}; keys that apply."""
-        found = {}
-        if self.job.held_out is not None:
-            found["eval_loss"] = self.tuner.held_out_loss(
-                *self.job.held_out_batches()
-            )
-        rate, answers = evaluation.exact_match(
-            self.generator, self.prompts, limit=self.limit
-        )
-        if self.count and rate is not None:
-            found["exact_match"] = rate
-        found["answers"] = answers[: self.samples]
-        told = [
-            f"{name} {value:.4g}"
-            for name, value in found.items()
-            if name != "answers"
-        ]
-        runtime.say(f"{when}: {', '.join(told) or 'sampled'}")
-        return found
 
 
 def summary(cfg, tuner, clock, backend, began):

@@ -79,15 +79,15 @@ class RunFolder:
             Whether a run of the same description is there already.
 
         Raises:
-            UserError: the folder holds a run of another description.
+            UserError: the folder holds a run of another description, or
+                something else than a run.
         """
-        file = self.path / "config.json"
-        if not resume:
+        old = self._description()
+        if old and not resume:
             self.clear()
-        if not file.exists():
+        if not old or not resume:
             self.write("config.json", description)
             return False
-        old = json.loads(file.read_text())
         differences = list(_differences(old, description))
         if differences:
             raise config.UserError(
@@ -97,6 +97,23 @@ class RunFolder:
                 "(what the folder holds is then removed)."
             )
         return True
+
+    def _description(self):
+        """The config.json of the run that is here; None where there is none.
+
+        Somebody's model has a config.json too: it must not be cleared away.
+        """
+        file = self.path / "config.json"
+        if not file.exists():
+            return None
+        with contextlib.suppress(ValueError, AttributeError):
+            old = json.loads(file.read_text("utf-8"))
+            if old.get("settings"):
+                return old
+        raise config.UserError(
+            f"--run_dir={self.path} holds a config.json that no run wrote. "
+            f"Choose another folder: --run_dir=runs/mine."
+        )
 
     def clear(self):
         """Removes what a run writes, and nothing else."""

@@ -15,7 +15,8 @@ from keras import ops
 
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import pipeline
-from keras_gemma_ft.model import forward, lora, presets
+from keras_gemma_ft.inference import evaluation
+from keras_gemma_ft.model import forward, lora, presets, quantize
 from keras_gemma_ft.tuning import (
     callbacks,
     checkpoint,
@@ -32,6 +33,8 @@ class FineTuner(keras.Model):
     Args:
         causal_lm: with LoRA on, or with every weight trainable.
         objective: a function of `objectives.OBJECTIVES`.
+        batch_shape: (rows of a micro-batch, tokens of a row); TensorFlow
+            traces its data without them.
         accumulation: micro-batches an optimizer step.
         recompute: recompute each decoder block in the backward pass.
         chunk: tokens whose logits exist at once; 0 picks by memory.
@@ -43,6 +46,7 @@ class FineTuner(keras.Model):
         causal_lm,
         objective=objectives.sft,
         *,
+        batch_shape,
         accumulation=1,
         recompute=False,
         chunk=0,
@@ -53,6 +57,7 @@ class FineTuner(keras.Model):
         super().__init__(autocast=False)
         self.causal_lm = causal_lm
         self.objective = objective
+        self.batch_shape = batch_shape
         self.accumulation = accumulation
         self.recompute, self.chunk = recompute, chunk
         settings = getattr(causal_lm.backbone, "lora", None)
@@ -88,9 +93,10 @@ class FineTuner(keras.Model):
         seed = self.dropout.next() if training and self.dropout else None
         return forward.hidden_states(
             self.backbone,
-            x["token_ids"],
-            x["segment_ids"],
-            x["positions"],
+            *(
+                ops.reshape(x[name], self.batch_shape)
+                for name in ("token_ids", "segment_ids", "positions")
+            ),
             recompute=self.recompute and training,
             seed=seed,
         )
@@ -102,8 +108,8 @@ class FineTuner(keras.Model):
         return self.objective(
             self.backbone,
             y_pred,
-            y,
-            sample_weight,
+            ops.reshape(y, self.batch_shape),
+            ops.reshape(sample_weight, self.batch_shape),
             chunk=self.chunk,
             table_trained=training
             and self.backbone.token_embedding.embeddings.trainable,
@@ -143,11 +149,14 @@ def build(cfg, loaded, *, steps, warmup):
     backbone = loaded.causal_lm.backbone
     if cfg.lora.rank:
         lora.enable(backbone, cfg.lora, seed=cfg.seed)
-    accumulation = pipeline.micro_batches(
+    if cfg.model.quantize != "none":
+        quantize.apply(backbone, lora.layers(backbone), cfg.model.quantize)
+    rows, accumulation = pipeline.micro_batches(
         cfg.data.batch_size, cfg.data.micro_batch_size
-    )[1]
+    )
     tuner = FineTuner(
         loaded.causal_lm,
+        batch_shape=(rows, cfg.data.sequence_length),
         accumulation=accumulation,
         recompute=recompute(cfg, backbone),
         chunk=cfg.train.loss_chunk,
@@ -265,12 +274,6 @@ class Job:
             steps=count,
         )
 
-    def held_out_batches(self):
-        """(batches, how many): the arguments of `held_out_loss`."""
-        size = self.micro_batch_size
-        batches = pipeline.eval_batches(self.held_out, batch_size=size)
-        return batches, pipeline.steps(self.held_out, size)
-
     def show_proof(self):
         batch = next(iter(self.batches(0, 1)))
         runtime.say("the first batch, learned tokens in ⟦ ⟧:")
@@ -298,7 +301,9 @@ class Job:
 
 def _train(cfg, folder, job, tuner, began, backend):
     """Before, fit, after, exports, summary."""
-    judge = results.Judge(cfg, job, tuner)
+    judge = evaluation.Judge(
+        cfg, tuner, job.tokenizer, job.held_out, job.rows
+    )
     found = checkpoint.latest(folder.path) if cfg.resume else None
     facts = {}
     if found:
@@ -311,7 +316,7 @@ def _train(cfg, folder, job, tuner, began, backend):
     if before is None or not found:
         before = judge.judge("before")
         folder.write("before.json", before)
-    clock, evaluate = _fit(cfg, folder, job, tuner, facts)
+    clock, evaluate = _fit(cfg, folder, job, tuner, judge, facts)
     summary = results.summary(cfg, tuner, clock, backend, began)
     folder.draw()
     if tuner.stopped:
@@ -341,7 +346,7 @@ def _stop(folder, tuner, summary):
     )
 
 
-def _fit(cfg, folder, job, tuner, facts):
+def _fit(cfg, folder, job, tuner, judge, facts):
     """Runs `fit` from `tuner.step` to the end; returns (clock, evaluate)."""
     train = cfg.train
     window = min(max(1, job.duration(train.log_every)), job.steps)
@@ -352,7 +357,7 @@ def _fit(cfg, folder, job, tuner, facts):
     if job.held_out is not None and job.duration(train.eval_every):
         evaluate = callbacks.Evaluate(
             folder,
-            *job.held_out_batches(),
+            *judge.batches(),
             every=job.duration(train.eval_every),
             steps=job.steps,
             patience=train.patience,

@@ -1,0 +1,23 @@
+"""Gemma 2 2B with QLoRA: frozen kernels in NF4, adapters in float32.
+
+python -m keras_gemma_ft.train --config=configs/gemma2_2b_qlora.py \
+    --data.train=mine.jsonl
+
+Hardware: a GPU with 8 GB. By arithmetic, not run on a GPU yet: weights
+2.07 GiB (NF4 kernels, 16-bit embedding), activations under block
+recomputation below 1 GiB at 1 x 1024 tokens.
+"""
+
+from keras_gemma_ft import config
+
+
+def get_config():
+    return config.Config(
+        preset="gemma2_2b_en",
+        run_dir="runs/gemma2_2b_qlora",
+        data=config.Data(
+            sequence_length=1024, batch_size=16, micro_batch_size=1
+        ),
+        lora=config.Lora(rank=16, alpha=16.0, style="standard"),
+        model=config.Model(quantize="nf4", remat="block"),
+    )

@@ -1,0 +1,24 @@
+"""Gemma 2 2B with LoRA on one 16 GB T4, TensorFlow.
+
+python -m keras_gemma_ft.train --config=configs/gemma2_2b_t4_tensorflow.py \
+    --data.train=mine.jsonl
+
+Hardware: NVIDIA T4 (16 GB), which has no bfloat16. By arithmetic, not run on a
+T4 yet: weights 4.87 GiB in float16, adapters and their AdamW state 0.3 GiB,
+activations under block recomputation below 2 GiB at 2 x 512 tokens.
+"""
+
+from keras_gemma_ft import config
+
+
+def get_config():
+    return config.Config(
+        preset="gemma2_2b_en",
+        backend="tensorflow",
+        run_dir="runs/gemma2_2b_t4_tensorflow",
+        data=config.Data(
+            sequence_length=512, batch_size=16, micro_batch_size=2
+        ),
+        lora=config.Lora(rank=8, alpha=16.0),
+        model=config.Model(dtype="float16", remat="block"),
+    )

@@ -1,0 +1,52 @@
+"""Complete prompts, or chat at the terminal, with or without an adapter.
+
+python -m keras_gemma_ft.generate --adapter=runs/default \
+    --generate.prompt='Set a timer for ten minutes'
+python -m keras_gemma_ft.generate --adapter=runs/default     (chat)
+"""
+
+import json
+import pathlib
+import sys
+
+from keras_gemma_ft import config, runtime
+
+
+def generate(cfg):
+    """Returns {"completions": [{"prompt", "completion"}, ...]}."""
+    prompts = _prompts(cfg.generate)
+    runtime.start(cfg)
+    # After start: keras reads its backend when it is imported.
+    from keras_gemma_ft.inference import chat
+
+    session = chat.load(cfg)
+    if prompts is None:
+        return {"completions": session.talk(sys.stdin)}
+    return {"completions": session.answer(prompts)}
+
+
+def _prompts(settings):
+    """The prompts that the flags give; None asks for a chat."""
+    if settings.prompt:
+        return [settings.prompt]
+    if not settings.prompt_file:
+        return None
+    path = pathlib.Path(settings.prompt_file)
+    if not path.is_file():
+        raise config.UserError(
+            f"--generate.prompt_file={path}: no such file."
+        )
+    lines = [x for x in path.read_text("utf-8").split("\n") if x.strip()]
+    if path.suffix != ".jsonl":
+        return lines
+    try:
+        return [json.loads(line)["prompt"] for line in lines]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise config.UserError(
+            f"--generate.prompt_file={path}: expected one "
+            f'{{"prompt": "..."}} a line ({error}).'
+        ) from None
+
+
+if __name__ == "__main__":
+    runtime.main(generate, __doc__)

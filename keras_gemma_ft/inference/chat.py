@@ -1,0 +1,90 @@
+"""Prompts and conversations in Gemma's turns, answered as text."""
+
+import sys
+
+from keras_gemma_ft import runtime
+from keras_gemma_ft.data import templates, tokens
+from keras_gemma_ft.inference import sampling
+from keras_gemma_ft.model import lora, presets
+
+
+def load(cfg):
+    """A `Session` of `cfg`'s preset, with `cfg.adapter` if it is given."""
+    dtype, _ = runtime.choose_dtype(cfg.model.dtype)
+    loaded = presets.load(cfg.preset, dtype=dtype)
+    if cfg.adapter:
+        lora.load(loaded.causal_lm.backbone, cfg.adapter)
+    return Session(loaded, cfg)
+
+
+class Session:
+    """A model that answers.
+
+    Args:
+        loaded: `presets.Loaded`.
+        cfg: `config.Config`; its generate section and data.template count.
+    """
+
+    def __init__(self, loaded, cfg):
+        self.tokenizer, self.settings = loaded.tokenizer, cfg.generate
+        self.template = templates.load(cfg.data.template)
+        self.generator = sampling.Generator(
+            loaded.causal_lm, loaded.tokenizer, cfg.generate, seed=cfg.seed
+        )
+
+    def _ids(self, question):
+        """Token ids of a prompt (str) or of a conversation's messages."""
+        if self.settings.raw:
+            return [self.tokenizer.bos, *self.tokenizer.encode(question)]
+        segments = templates.prompt(question, self.template)
+        return tokens.encode([segments], self.tokenizer)[0].token_ids
+
+    def answer(self, prompts):
+        """[{"prompt", "completion"}] of prompts; a single one is streamed."""
+        stream = _Stream(self.tokenizer) if len(prompts) == 1 else None
+        outputs = self.generator.complete(
+            [self._ids(p) for p in prompts], on_token=stream
+        )
+        if stream:
+            print(file=sys.stderr)
+        return [
+            {"prompt": p, "completion": self.tokenizer.decode(ids)}
+            for p, ids in zip(prompts, outputs)
+        ]
+
+    def talk(self, lines):
+        """A chat: reads user turns from `lines` until they end.
+
+        Returns:
+            [{"prompt", "completion"}] of all turns.
+        """
+        runtime.say("chat: type a message; an empty line or Ctrl-D ends it")
+        messages, turns = [], []
+        while True:
+            print("> ", end="", file=sys.stderr, flush=True)
+            text = lines.readline().strip()
+            if not text:
+                return turns
+            messages.append({"role": "user", "content": text})
+            question = text if self.settings.raw else messages
+            ids = self.generator.complete(
+                [self._ids(question)], on_token=_Stream(self.tokenizer)
+            )[0]
+            print(file=sys.stderr)
+            answer = self.tokenizer.decode(ids)
+            messages.append({"role": "model", "content": answer})
+            turns.append({"prompt": text, "completion": answer})
+
+
+class _Stream:
+    """Prints text as tokens come; waits for the rest of a split character."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.shown = tokenizer, [], 0
+
+    def __call__(self, row, token):
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        if not text.endswith("\ufffd"):
+            print(text[self.shown :], end="", file=sys.stderr, flush=True)
+            self.shown = len(text)
