@@ -13,10 +13,10 @@ def evaluate(cfg):
     # After start: keras reads its backend when it is imported.
     from keras_gemma_ft.data import pipeline
     from keras_gemma_ft.inference import evaluation
-    from keras_gemma_ft.model import lora
+    from keras_gemma_ft.model import lora, presets
     from keras_gemma_ft.tuning import trainer
 
-    loaded = trainer.load(cfg)
+    loaded = presets.open(cfg)
     held_out = pipeline.prepare(cfg.data, loaded.tokenizer, "eval", cfg.seed)
     if held_out is None:
         raise config.UserError(

@@ -10,8 +10,7 @@ from keras_gemma_ft.model import lora, presets
 
 def load(cfg):
     """A `Session` of `cfg`'s preset, with `cfg.adapter` if it is given."""
-    dtype, _ = runtime.choose_dtype(cfg.model.dtype)
-    loaded = presets.load(cfg.preset, dtype=dtype)
+    loaded = presets.open(cfg)
     if cfg.adapter:
         lora.load(loaded.causal_lm.backbone, cfg.adapter)
     return Session(loaded, cfg)

@@ -67,6 +67,8 @@ class Generator:
             self.backbone, ids, segments, positions, cache=cache
         )
         scores = forward.logits(self.backbone, hidden[:, -1])
+        # A table may have more rows than the vocabulary has pieces.
+        scores = scores[:, : self.tokenizer.vocabulary_size]
         return scores, ops.argmax(scores, axis=-1), cache
 
     def complete(self, prompts, *, batch_size=32, on_token=None, limit=None):

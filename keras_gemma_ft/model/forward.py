@@ -56,7 +56,7 @@ def hidden_states(
         masks = _masks(backbone, segment_ids, segment_ids, 0)
         for i, block in enumerate(backbone.transformer_layers):
             run = functools.partial(
-                _block, backbone, block, masks, rope, _fold(seed, i)
+                _block, backbone, block, masks, rope, _fold(backbone, seed, i)
             )
             x = keras.remat(run)(x) if recompute else run(x)
     else:
@@ -132,12 +132,13 @@ def _extend(backbone, cache, segment_ids):
     return {**cache, "segment_ids": segments}, masks
 
 
-def _fold(seed, i):
-    """The seed of block i."""
+def _fold(backbone, seed, i):
+    """The seed of block i, which no other block, target or step has."""
     if seed is None:
         return None
-    # Targets add 0..6 to the second word, so blocks step by 8.
-    return seed + ops.convert_to_tensor([0, 8 * i], seed.dtype)
+    # A step adds 1 to the second word, a target 0..6, so blocks go by 8.
+    room = ops.convert_to_tensor([1, 8 * backbone.num_layers], seed.dtype)
+    return seed * room + ops.convert_to_tensor([0, 8 * i], seed.dtype)
 
 
 def _masks(backbone, query_segments, key_segments, index):

@@ -15,9 +15,10 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_gemma_ft import config, embedded
+from keras_gemma_ft import config, embedded, runtime
 from keras_gemma_ft.data import tokens
-from keras_gemma_ft.formats import huggingface, names
+from keras_gemma_ft.formats import huggingface
+from keras_gemma_ft.model import sharding
 
 _CREDENTIALS = (
     "Gemma's weights are behind a licence. Accept it on the model's page, "
@@ -32,6 +33,31 @@ _NETWORK = (
 )
 
 Loaded = collections.namedtuple("Loaded", "causal_lm tokenizer fingerprint")
+
+
+def open(cfg, *, full=False):
+    """Loads `cfg.preset` in the dtype and on the mesh that suit the device.
+
+    Args:
+        cfg: `config.Config`.
+        full: whether the weights themselves are trained: they stay float32.
+
+    Returns:
+        `Loaded`.
+    """
+    dtype, why = runtime.choose_dtype(cfg.model.dtype)
+    runtime.say(f"dtype: {dtype} ({why})")
+    sharding.start(cfg)
+    if full and dtype != "float32":
+        dtype = f"mixed_{dtype}"
+    loaded = load(cfg.preset, dtype=dtype)
+    backbone = loaded.causal_lm.backbone
+    runtime.say(
+        f"model: {cfg.preset}, {backbone.count_params():,} parameters, "
+        f"{backbone.num_layers} layers, {len(backbone.variables)} variables "
+        f"loaded once each, sha256 {loaded.fingerprint[:12]}"
+    )
+    return loaded
 
 
 def load(preset, *, dtype="float32"):

@@ -31,7 +31,9 @@ class Clock(keras.callbacks.Callback):
         start: the step from which this process goes on.
     """
 
-    # Only counts: Keras need not wait for the device to call it.
+    # Only counts: Keras need not wait for the device to call it, and does so
+    # from another thread. There `self.model` must not be read: on JAX it syncs
+    # the state, which the running step has donated.
     async_safe = True
 
     def __init__(self, folder, tokens, *, steps, start):
@@ -48,11 +50,14 @@ class Clock(keras.callbacks.Callback):
             mininterval=0.5 if sys.stderr.isatty() else 20.0,
         )
 
+    def on_train_begin(self, logs=None):
+        self.accumulation = self.model.accumulation
+
     def on_epoch_begin(self, epoch, logs=None):
         self.begin = time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
-        if (batch + 1) % self.model.accumulation == 0:
+        if (batch + 1) % self.accumulation == 0:
             self.bar.update(1)
 
     def on_epoch_end(self, epoch, logs=None):

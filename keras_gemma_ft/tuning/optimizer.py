@@ -71,6 +71,9 @@ def build(train, variables, *, steps, warmup, accumulation, float16):
         accumulation=accumulation,
     )
     settings = {
+        # A checkpoint knows variables by path: without a name it would hold
+        # Keras's counter, and a notebook could not resume in one process.
+        "name": train.optimizer,
         "learning_rate": schedule,
         "global_clipnorm": train.clip_norm or None,
         "gradient_accumulation_steps": accumulation if accumulation > 1 else None,
@@ -84,7 +87,7 @@ def build(train, variables, *, steps, warmup, accumulation, float16):
     _measure(optimizer)
     if not float16:
         return optimizer
-    scaled = keras.optimizers.LossScaleOptimizer(optimizer)
+    scaled = keras.optimizers.LossScaleOptimizer(optimizer, name="scaled")
     scaled.build(variables)
     scaled.gradient_norm = optimizer.gradient_norm
     return scaled

@@ -123,27 +123,6 @@ class FineTuner(keras.Model):
         return float(logs["loss"])
 
 
-def policy(cfg, dtype):
-    """The dtype policy of the base: what is trained stays float32."""
-    if cfg.lora.rank or dtype == "float32":
-        return dtype
-    return f"mixed_{dtype}"
-
-
-def load(cfg):
-    """`presets.Loaded` in the run's dtype, with its adapter if asked for."""
-    dtype, why = runtime.choose_dtype(cfg.model.dtype)
-    runtime.say(f"dtype: {dtype} ({why}); loading {cfg.preset}")
-    loaded = presets.load(cfg.preset, dtype=policy(cfg, dtype))
-    backbone = loaded.causal_lm.backbone
-    runtime.say(
-        f"model: {backbone.count_params():,} parameters, "
-        f"{backbone.num_layers} layers, {len(backbone.variables)} variables "
-        f"loaded once each, sha256 {loaded.fingerprint[:12]}"
-    )
-    return loaded
-
-
 def build(cfg, loaded, *, steps, warmup):
     """Adapters, optimizer and `FineTuner` for `cfg`, compiled."""
     backbone = loaded.causal_lm.backbone
@@ -199,7 +178,7 @@ def run(cfg, backend):
     began = time.monotonic()
     folder = run_folder.RunFolder(cfg.run_dir)
     with folder.locked():
-        loaded = load(cfg)
+        loaded = presets.open(cfg, full=not cfg.lora.rank)
         job = Job.prepare(cfg, loaded)
         description = run_folder.describe(
             cfg, backend, loaded, job.fingerprints()

@@ -1,0 +1,229 @@
+"""The chunked loss: values, gradients, and that [N, V] never exists.
+
+Witnesses: the definition in float64 NumPy, and torch's cross_entropy with
+autograd in float64.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tiny
+import torch
+from keras import ops
+
+from keras_gemma_ft.tuning import loss
+
+# B, T, d, V; 21 tokens: chunks of 7 divide them, those of 4 leave a tail.
+B, T, D, V = 3, 7, 10, 33
+CAPS = pytest.mark.parametrize("cap", [30.0, None])
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    # Logits up to 70: the cap bites.
+    hidden = rng.normal(0, 2, (B, T, D)).astype("float32")
+    table = rng.normal(0, 2, (V, D)).astype("float32")
+    y = rng.integers(0, V, (B, T)).astype("int32")
+    weight = rng.uniform(0, 1, (B, T)).astype("float32")
+    weight[1, 2:5] = 0.0
+    return hidden, table, y, weight
+
+
+def by_definition(hidden, table, y, cap):
+    """float64 losses [B, T]."""
+    z = hidden.astype("float64") @ table.astype("float64").T
+    if cap is not None:
+        z = cap * np.tanh(z / cap)
+    top = z.max(-1, keepdims=True)
+    total = np.log(np.exp(z - top).sum(-1)) + top[..., 0]
+    return total - np.take_along_axis(z, y[..., None], -1)[..., 0]
+
+
+def by_torch(hidden, table, y, weight, cap):
+    """(losses, d/dhidden, d/dtable) of sum(weight * losses), float64."""
+    h, e = (torch.tensor(a).double().requires_grad_() for a in (hidden, table))
+    z = (h @ e.T).flatten(0, 1)
+    if cap is not None:
+        z = cap * torch.tanh(z / cap)
+    labels = torch.tensor(y).long().flatten()
+    losses = torch.nn.functional.cross_entropy(z, labels, reduction="none")
+    (losses * torch.tensor(weight).flatten()).sum().backward()
+    return (
+        losses.detach().numpy().reshape(B, T),
+        h.grad.numpy(),
+        e.grad.numpy(),
+    )
+
+
+def value_and_gradients(data, wanted, **settings):
+    """(value, gradients) of the weighted sum; `wanted` of hidden, table."""
+    hidden, table, y, weight = data
+    arrays = {"hidden": hidden, "table": table}
+    variables = {name: keras.Variable(arrays[name]) for name in arrays}
+
+    def function():
+        losses = loss.token_loss(
+            variables["hidden"].value,
+            variables["table"].value,
+            ops.convert_to_tensor(y),
+            **settings,
+        )
+        return ops.sum(losses * ops.convert_to_tensor(weight))
+
+    return tiny.differentiate(function, [variables[n] for n in wanted])()
+
+
+@pytest.mark.parametrize("table_trained", [False, True])
+@CAPS
+def test_values(data, cap, table_trained):
+    hidden, table, y, weight = data
+    want = by_definition(hidden, table, y, cap)
+    tiny.close(
+        "witnesses", by_torch(*data, cap)[0], want, atol=1e-12, rtol=1e-12
+    )
+    for chunk in (1, 4, 100):
+
+        def function(hidden, table, y):
+            return loss.token_loss(
+                hidden,
+                table,
+                y,
+                cap=cap,
+                chunk=chunk,
+                table_trained=table_trained,
+            )
+
+        got = tiny.compute(function, hidden, table, y)
+        assert got.shape == (B, T) and got.dtype == np.float32
+        tiny.close(f"chunk {chunk}", got, want, atol=2e-5, rtol=1e-6)
+
+
+@CAPS
+@pytest.mark.parametrize("chunk", [0, 4, 7])
+@pytest.mark.parametrize("table_trained", [False, True])
+def test_gradients(data, cap, chunk, table_trained):
+    losses, *wants = by_torch(*data, cap)
+    wanted = ["hidden", "table"] if table_trained else ["hidden"]
+    value, gots = value_and_gradients(
+        data, wanted, cap=cap, chunk=chunk, table_trained=table_trained
+    )
+    tiny.close("value", value, (losses * data[3]).sum(), rtol=1e-6)
+    for name, got, want in zip(wanted, gots, wants):
+        scale = np.abs(want).max()
+        tiny.close(name, got / scale, want / scale, atol=2e-6)
+    # What has weight 0 teaches nothing.
+    assert not gots[0][1, 2:5].any()
+
+
+def test_frozen_table_gets_no_gradient(data):
+    """dh is right without it, and asking for it finds nothing."""
+    if keras.config.backend() == "jax":
+        _, (got,) = value_and_gradients(data, ["table"], cap=30.0, chunk=4)
+        np.testing.assert_array_equal(got, 0.0)
+    else:
+        # Torch: "not used in the graph"; TensorFlow: None is no tensor.
+        with pytest.raises((RuntimeError, ValueError)):
+            value_and_gradients(data, ["table"], cap=30.0, chunk=4)
+
+
+@pytest.mark.parametrize("table_trained", [False, True])
+def test_16_bit_hidden_states(data, table_trained):
+    """Logits and losses stay float32; the error is that of the matmul."""
+    hidden, table, y, _ = data
+    rounded = [
+        ops.convert_to_numpy(
+            ops.cast(ops.cast(a, "bfloat16"), "float32")
+        )
+        for a in (hidden, table)
+    ]
+    want = by_definition(*rounded, y, 30.0)
+
+    def function(hidden, table, y):
+        return loss.token_loss(
+            ops.cast(hidden, "bfloat16"),
+            ops.cast(table, "bfloat16"),
+            y,
+            cap=30.0,
+            chunk=8,
+            table_trained=table_trained,
+        )
+
+    got = tiny.compute(function, hidden, table, y)
+    assert got.dtype == np.float32
+    # A bfloat16 logit of 32 to 64 is rounded by at most 1/8, twice here.
+    tiny.close("bfloat16", got, want, atol=0.25)
+
+
+def test_chunk_size():
+    # 128 MiB of float32 logits of 256,000 words are 131 tokens.
+    assert loss.chunk_size(4096, 256_000) == 131
+    assert loss.chunk_size(100, 256_000) == 100
+    assert loss.chunk_size(4096, 256_000, 512) == 512
+    assert loss.chunk_size(64, 10**9) == 1
+
+
+def sizes(jaxpr):
+    """How many numbers each array in a traced program has, inner ones too."""
+    import jax
+
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            yield int(np.prod(variable.aval.shape))
+        for inner in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr"),
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from sizes(inner)
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "jax",
+    reason="only JAX shows its program; the arithmetic is the same code",
+)
+@pytest.mark.parametrize("table_trained", [False, True])
+def test_logits_of_all_tokens_never_exist(table_trained):
+    import jax
+
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(8, 64, 4)).astype("float32")
+    table = rng.normal(size=(1000, 4)).astype("float32")
+    y = rng.integers(0, 1000, (8, 64)).astype("int32")
+
+    def largest(chunk):
+        def total(hidden, table):
+            return ops.sum(
+                loss.token_loss(
+                    hidden,
+                    table,
+                    ops.convert_to_tensor(y),
+                    cap=30.0,
+                    chunk=chunk,
+                    table_trained=table_trained,
+                )
+            )
+
+        which = (0, 1) if table_trained else 0
+        traced = jax.make_jaxpr(jax.value_and_grad(total, which))(
+            hidden, table
+        )
+        return max(sizes(traced.jaxpr))
+
+    assert largest(512) == 512 * 1000
+    # One chunk's logits are the largest array there is.
+    assert largest(16) == 16 * 1000
+    if table_trained:
+        return
+    # And they are held once, not kept for a backward pass.
+    compiled = jax.jit(
+        jax.grad(
+            lambda h: ops.sum(
+                loss.token_loss(h, table, y, cap=30.0, chunk=16)
+            )
+        )
+    ).lower(hidden).compile()
+    used = compiled.memory_analysis().temp_size_in_bytes
+    print(f"temporary memory: {used:,} bytes")
+    assert used < 512 * 1000 * 4 / 4

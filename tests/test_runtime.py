@@ -1,0 +1,243 @@
+"""Backend and precision told from faked machines; a verb as a process."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from keras_gemma_ft import config, runtime
+
+ALL = ("jax", "tensorflow", "torch")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Function that makes this process believe in another machine."""
+
+    def fake(*, installed=ALL, tpu=False, cuda=False, plugin=True, wheel=""):
+        found = {*installed, *(["jax_cuda12_plugin"] if plugin else [])}
+        monkeypatch.delenv("KERAS_BACKEND", raising=False)
+        monkeypatch.setattr(runtime, "_found", lambda name: name in found)
+        monkeypatch.setattr(runtime, "tpu", lambda: tpu)
+        monkeypatch.setattr(runtime, "cuda", lambda: cuda)
+        monkeypatch.setattr(
+            runtime.importlib.metadata, "version", lambda name: f"9.9{wheel}"
+        )
+        monkeypatch.setattr(runtime.platform, "system", lambda: "Linux")
+
+    return fake
+
+
+@pytest.mark.parametrize(
+    "here, backend, reason",
+    [
+        ({"tpu": True}, "jax", "TPU"),
+        ({"tpu": True, "cuda": True}, "jax", "TPU"),
+        ({"cuda": True}, "torch", "CUDA GPU"),
+        ({"cuda": True, "wheel": "+cpu"}, "jax", "CUDA GPU"),
+        (
+            {"cuda": True, "wheel": "+cpu", "plugin": False},
+            "tensorflow",
+            "CUDA GPU",
+        ),
+        (
+            {"cuda": True, "plugin": False, "installed": ("jax",)},
+            "jax",
+            "no CUDA build",
+        ),
+        ({"tpu": True, "installed": ("torch",)}, "torch", "first installed"),
+        ({}, "jax", "no accelerator"),
+        ({"installed": ("torch", "tensorflow")}, "tensorflow", "accelerator"),
+    ],
+)
+def test_auto_takes_what_suits_the_machine(machine, here, backend, reason):
+    machine(**here)
+    found, why = runtime.choose_backend("auto")
+    assert found == backend, (found, why)
+    assert reason in why
+
+
+def test_what_is_asked_for_goes_before_the_machine(machine, monkeypatch):
+    machine(tpu=True)
+    assert runtime.choose_backend("torch")[0] == "torch"
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
+    assert runtime.choose_backend("auto") == (
+        "tensorflow",
+        "KERAS_BACKEND says so",
+    )
+    assert runtime.choose_backend("torch")[0] == "torch"
+
+
+def test_a_backend_that_is_not_there_is_told_its_cure(machine, monkeypatch):
+    machine(installed=("jax", "torch"))
+    with pytest.raises(config.UserError) as caught:
+        runtime.choose_backend("tensorflow")
+    told = str(caught.value)
+    assert "--backend=tensorflow is not installed" in told
+    assert "(installed: jax, torch)" in told
+    assert "pip install 'keras_gemma_ft[tensorflow]'" in told
+    machine(installed=())
+    with pytest.raises(config.UserError, match="installed: none"):
+        runtime.choose_backend("auto")
+    monkeypatch.setenv("KERAS_BACKEND", "theano")
+    with pytest.raises(config.UserError) as caught:
+        runtime.choose_backend("auto")
+    assert "KERAS_BACKEND=theano is not one of jax, tensorflow, torch" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize(
+    "here, capability, dtype",
+    [
+        ({"cuda": True}, 7.5, "float16"),  # T4
+        ({"cuda": True}, 8.0, "bfloat16"),  # A100
+        ({"cuda": True}, 9.0, "bfloat16"),  # H100
+        ({"cuda": True}, 0.0, "float16"),  # no nvidia-smi: the safe one
+        ({"tpu": True}, 0.0, "bfloat16"),
+        ({}, 0.0, "float32"),
+    ],
+)
+def test_precision_suits_the_machine(
+    machine, monkeypatch, here, capability, dtype
+):
+    machine(**here)
+    monkeypatch.setattr(runtime, "cuda_capability", lambda: capability)
+    assert runtime.choose_dtype("auto")[0] == dtype
+    assert runtime.choose_dtype("float32")[0] == "float32"
+
+
+def test_capability_is_what_nvidia_smi_says(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for answer, capability in (("7.5\n8.0", 7.5), ("no device", 0.0)):
+        tool.write_text(f"#!/bin/sh\nprintf '{answer}'\n")
+        tool.chmod(0o755)
+        assert runtime.cuda_capability() == capability
+    monkeypatch.setenv("PATH", "")
+    assert runtime.cuda_capability() == 0.0
+
+
+def test_a_hidden_gpu_is_none_and_cloud_tpus_say_so(monkeypatch):
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert not runtime.cuda()
+    monkeypatch.setenv("TPU_NAME", "local")
+    assert runtime.tpu()
+
+
+def test_versions_and_memory_are_this_process(machine):
+    import keras
+    import numpy as np
+
+    found = runtime.versions()
+    assert found["python"] == sys.version.split()[0]
+    assert found["keras"] == keras.__version__
+    assert found["numpy"] == np.__version__
+    before = runtime.peak_memory_bytes()
+    np.ones(25_000_000)
+    # 200 MB more, if nothing before took more and gave it back.
+    assert 50e6 < before <= runtime.peak_memory_bytes() < 1e12
+
+
+VERB = '''
+"""A verb for the test."""
+import sys
+from keras_gemma_ft import config, runtime
+
+def verb(cfg):
+    print("for people")
+    what = cfg.generate.prompt
+    if what == "mistake":
+        raise config.UserError("no such thing. Type another.")
+    if what == "stopped":
+        raise runtime.Stopped("time is up", {"status": "stopped", "steps": 4})
+    if what == "interrupt":
+        raise KeyboardInterrupt
+    if what == "bug":
+        raise ZeroDivisionError("by zero")
+    return {"status": "done", "said": what}
+
+runtime.main(verb, __doc__)
+'''
+
+
+def call(tmp_path, *argv):
+    """(exit code, stdout, stderr) of the verb above."""
+    file = tmp_path / "verb.py"
+    file.write_text(VERB)
+    done = subprocess.run(
+        [sys.executable, file, *argv], capture_output=True, text=True
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "what, code, result, told",
+    [
+        ("é", 0, {"status": "done", "said": "é"}, ""),
+        (
+            "mistake",
+            2,
+            {"status": "error", "error": "no such thing. Type another."},
+            "Error: no such thing. Type another.",
+        ),
+        (
+            "stopped",
+            75,
+            {"status": "stopped", "steps": 4},
+            "Stopped: time is up",
+        ),
+        ("interrupt", 75, {"status": "interrupted"}, "Interrupted."),
+        (
+            "bug",
+            1,
+            {"status": "bug", "error": "ZeroDivisionError: by zero"},
+            "line 16, in verb",
+        ),
+    ],
+)
+def test_a_verb_ends_in_a_code_and_one_json_line(
+    tmp_path, what, code, result, told
+):
+    status, out, err = call(tmp_path, f"--generate.prompt={what}")
+    assert status == code, err
+    assert out.count("\n") == 1
+    assert json.loads(out) == result
+    assert "for people" in err and told in err
+    assert ("Traceback" in err) == (what == "bug")
+
+
+def test_a_verb_refuses_an_unknown_flag_and_gives_help(tmp_path):
+    status, out, err = call(tmp_path, "--rank=8")
+    assert status == 2 and "Did you mean: lora.rank?" in err
+    assert "Did you mean" in json.loads(out)["error"]
+    status, out, err = call(tmp_path, "--rank=8", "--help")
+    assert status == 0 and out.startswith("A verb for the test.")
+
+
+def test_start_decides_before_keras_and_only_then():
+    code = """
+        from keras_gemma_ft import config, runtime
+        assert runtime.start(config.Config(backend="jax")) == "jax"
+        import keras, sys
+        assert keras.backend.backend() == "jax"
+        # keras_hub would import it, and take 3 s and 600 MB.
+        assert sys.modules["tensorflow"] is None
+        runtime.start(config.Config(backend="torch"))
+    """
+    environment = {**os.environ, "KERAS_BACKEND": "torch"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    lines = done.stderr.splitlines()
+    assert "backend: jax (--backend says so)" in lines[0]
+    assert lines[-1] == (
+        "AssertionError: runtime.start must come before `import keras`"
+    )
