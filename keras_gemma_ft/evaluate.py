@@ -12,11 +12,15 @@ def evaluate(cfg):
     runtime.start(cfg)
     # After start: keras reads its backend when it is imported.
     from keras_gemma_ft.data import pipeline
+    from keras_gemma_ft.formats import adapters
     from keras_gemma_ft.inference import evaluation
     from keras_gemma_ft.model import lora, presets
     from keras_gemma_ft.tuning import trainer
 
     loaded = presets.open(cfg)
+    if cfg.adapter:
+        # Before the base is scored: a wrong path should not cost minutes.
+        adapters.read(cfg.adapter, loaded.causal_lm.backbone.get_config())
     held_out = pipeline.prepare(cfg.data, loaded.tokenizer, "eval", cfg.seed)
     if held_out is None:
         raise config.UserError(

@@ -36,16 +36,22 @@ def _prompts(settings):
         raise config.UserError(
             f"--generate.prompt_file={path}: no such file."
         )
-    lines = [x for x in path.read_text("utf-8").split("\n") if x.strip()]
-    if path.suffix != ".jsonl":
-        return lines
     try:
-        return [json.loads(line)["prompt"] for line in lines]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        text = path.read_text("utf-8")
+        lines = [line for line in text.split("\n") if line.strip()]
+        if path.suffix == ".jsonl":
+            lines = [json.loads(line)["prompt"] for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
         raise config.UserError(
-            f"--generate.prompt_file={path}: expected one "
-            f'{{"prompt": "..."}} a line ({error}).'
+            f"--generate.prompt_file={path}: expected UTF-8, one prompt a "
+            f'line, or {{"prompt": "..."}} a line in a .jsonl '
+            f"({type(error).__name__}: {error})."
         ) from None
+    if not lines:
+        raise config.UserError(
+            f"--generate.prompt_file={path}: it holds no prompt."
+        )
+    return lines
 
 
 if __name__ == "__main__":

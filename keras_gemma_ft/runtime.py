@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import platform
+import signal
 import sys
 import time
 import traceback
@@ -44,6 +45,7 @@ def main(verb, doc):
     if {"--help", "-help", "-h", "--helpfull"} & set(sys.argv[1:]):
         print(config.help_text(doc))
         sys.exit(DONE)
+    signal.signal(signal.SIGTERM, _terminate)
     status, result = BUG, None
     with contextlib.redirect_stdout(sys.stderr):
         try:
@@ -64,6 +66,16 @@ def main(verb, doc):
             result = {"status": "bug", "error": what}
     print(json.dumps(result, ensure_ascii=False), flush=True)
     sys.exit(status)
+
+
+def _terminate(number, frame):
+    """SIGTERM outside of training, where there is nothing to save.
+
+    No exception: what is being imported may swallow it and go on.
+    """
+    os.write(2, b"Interrupted.\n")
+    os.write(1, b'{"status": "interrupted"}\n')
+    os._exit(RESUMABLE)
 
 
 def start(cfg):

@@ -15,6 +15,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The models are tiny: a second thread costs more than it computes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Half of the suite's time under JAX is LLVM polishing code that runs once.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true",
+)
 BACKEND = os.environ["KERAS_BACKEND"]
 if BACKEND != "tensorflow":
     # As runtime.start does, so that the tests see the process users have.

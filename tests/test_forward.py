@@ -259,15 +259,15 @@ def test_generation_is_transformers_greedy(backbone, witness):
     generator = sampling.Generator(
         types.SimpleNamespace(backbone=backbone), tokenizer, config.Generate()
     )
-    streamed = {i: [] for i in range(3)}
     assert generator.complete(prompts, limit=20) == want
     generator.stops = set()
-    got = generator.complete(
-        prompts[:1],
+    order, streamed = [0, 2, 1], {i: [] for i in range(3)}
+    generator.complete(
+        [prompts[i] for i in order],
         limit=20,
         on_token=lambda row, token: streamed[row].append(token),
     )
-    assert got == [streamed[0]] == [free[0]]
+    assert [streamed[i] for i in range(3)] == [free[i] for i in order]
 
 
 def test_bfloat16(folder, backbone, witness):

@@ -98,6 +98,17 @@ def metrics(run_dir, key=None):
     return [line for line in lines if key is None or key in line]
 
 
+def stock_logits(backbone, ids):
+    """float64 [B, T, V] logits of KerasHub's own layers; padding at the end."""
+    hidden = backbone.predict(
+        {"token_ids": ids, "padding_mask": np.ones_like(ids)},
+        batch_size=len(ids),
+        verbose=0,
+    )
+    table = ops.convert_to_numpy(backbone.token_embedding.embeddings.value)
+    return 30.0 * np.tanh(hidden @ table.T.astype("float64") / 30.0)
+
+
 def stock_loss(folder, file, lora=None):
     """Mean loss of the learned tokens of `file`, by KerasHub's own layers.
 
@@ -126,12 +137,7 @@ def stock_loss(folder, file, lora=None):
     for i, (row, begin) in enumerate(rows):
         ids[i, : len(row)] = row
         learned[i, begin : len(row)] = True
-    hidden = backbone(
-        {"token_ids": ids, "padding_mask": np.ones_like(ids)}, training=False
-    )
-    # With the final soft cap: the layer knows it.
-    logits = backbone.token_embedding(hidden, reverse=True)
-    z = ops.convert_to_numpy(logits).astype("float64")
+    z = stock_logits(backbone, ids)
     total = np.log(np.exp(z).sum(-1))
     right = np.take_along_axis(z[:, :-1], ids[:, 1:, None], -1)[..., 0]
     losses = (total[:, :-1] - right)[learned[:, 1:]]
@@ -324,7 +330,8 @@ def test_noresume_starts_afresh_and_repeats_bit_for_bit(first, tmp_path):
     shutil.copytree(cfg.run_dir, folder)
     (folder / "notes.txt").write_text("mine")
     (folder / "adapter/adapter_model.safetensors").write_text("torn")
-    again = config.replace(cfg, {"run_dir": str(folder), "resume": False})
+    changes = {"train.samples": 0, "train.exact_match": 0, "resume": False}
+    again = config.replace(cfg, {"run_dir": str(folder), **changes})
     assert trainer.run(again, BACKEND)["eval_loss"] == summary["eval_loss"]
     assert metrics(folder) == metrics(cfg.run_dir)
     name = "adapter/adapter_model.safetensors"
@@ -376,6 +383,42 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_run(
         (tmp_path / "adapter.lora.h5", cfg.lora),
     )
     np.testing.assert_allclose(exported, losses[best], rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(workshop, tmp_path):
+    cfg = settings(
+        workshop,
+        tmp_path,
+        train__learning_rate=1e38,
+        train__warmup="0",
+        train__log_every="1",
+        train__eval_every="0",
+        train__checkpoint_every="1",
+    )
+    with pytest.raises(config.UserError) as caught:
+        trainer.run(cfg, BACKEND)
+    told = str(caught.value)
+    assert "not finite near step 2" in told
+    assert "--train.learning_rate" in told and str(tmp_path) in told
+    assert not (tmp_path / "adapter").exists()
+    assert not (tmp_path / "checkpoints/00000002").exists()
+
+
+@pytest.mark.parametrize(
+    "loss, norm, stops",
+    [(1.0, 2.0, False), (np.nan, 2.0, True), (1.0, np.inf, True)],
+)
+def test_a_spoilt_gradient_stops_before_it_is_saved(loss, norm, stops):
+    tuner = types.SimpleNamespace(
+        optimizer=types.SimpleNamespace(gradient_norm=keras.Variable(norm)),
+        stop_training=False,
+    )
+    stop = callbacks.StopOnNaN()
+    stop.set_model(tuner)
+    stop.on_epoch_end(0, {"loss": loss})
+    assert tuner.stop_training == stops
+    # What `Checkpoint` looks at.
+    assert np.isfinite(tuner.last_loss) != stops
 
 
 def test_rank_zero_writes_a_whole_model(workshop, tmp_path):

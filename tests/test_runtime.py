@@ -145,7 +145,7 @@ def test_versions_and_memory_are_this_process(machine):
 
 VERB = '''
 """A verb for the test."""
-import sys
+import os, signal
 from keras_gemma_ft import config, runtime
 
 def verb(cfg):
@@ -157,6 +157,8 @@ def verb(cfg):
         raise runtime.Stopped("time is up", {"status": "stopped", "steps": 4})
     if what == "interrupt":
         raise KeyboardInterrupt
+    if what == "terminate":
+        os.kill(os.getpid(), signal.SIGTERM)
     if what == "bug":
         raise ZeroDivisionError("by zero")
     return {"status": "done", "said": what}
@@ -192,11 +194,12 @@ def call(tmp_path, *argv):
             "Stopped: time is up",
         ),
         ("interrupt", 75, {"status": "interrupted"}, "Interrupted."),
+        ("terminate", 75, {"status": "interrupted"}, "Interrupted."),
         (
             "bug",
             1,
             {"status": "bug", "error": "ZeroDivisionError: by zero"},
-            "line 16, in verb",
+            "line 18, in verb",
         ),
     ],
 )

@@ -156,7 +156,7 @@ def same_steps(got, want, *, rtol=1e-5):
     for i in range(1, STEPS + 1):
         way = np.linalg.norm(their_rows[i] - their_rows[0])
         apart = np.linalg.norm(rows[i] - their_rows[i]) / way
-        tiny.close(f"way after step {i}", apart, 0.0, atol=2e-3)
+        tiny.close(f"way after step {i}", apart, 0.0, atol=5e-3)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,8 @@ def prepare(folder, records, pack=True):
     data = config.Data(
         train=str(records), eval="none", sequence_length=T, pack=pack
     )
-    return pipeline.prepare(data, presets.load(str(folder)).tokenizer, "train", 0)
+    tokenizer = presets.load(str(folder)).tokenizer
+    return pipeline.prepare(data, tokenizer, "train", 0)
 
 
 # --- against PEFT over transformers ------------------------------------------
@@ -319,6 +320,24 @@ def accumulated(folder, records):
     return train(folder, cfg)
 
 
+def recomputed_blocks(tuner, training):
+    """How many blocks a call of the tuner gives to `keras.remat`."""
+    remat, blocks = keras.remat, []
+
+    def counted(block):
+        blocks.append(block)
+        return remat(block)
+
+    x = {
+        name: np.ones(tuner.batch_shape, "int32")
+        for name in ("token_ids", "segment_ids", "positions")
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keras, "remat", counted)
+        tiny.compute(lambda x: tuner(x, training=training), x)
+    return len(blocks)
+
+
 def test_small_memory_is_the_same_step(folder, records, plain, accumulated):
     """Accumulation, although rows differ in learned tokens; recomputation."""
     rows = prepare(folder, records)
@@ -326,7 +345,9 @@ def test_small_memory_is_the_same_step(folder, records, plain, accumulated):
     learned = rows.learned[numbers]
     assert max(learned) > 1.3 * min(learned)
     assert accumulated[1].accumulation == ROWS > plain[1].accumulation == 1
-    assert accumulated[1].recompute and not plain[1].recompute
+    assert recomputed_blocks(accumulated[1], True) == 3
+    assert recomputed_blocks(accumulated[1], False) == 0
+    assert recomputed_blocks(plain[1], True) == 0
     same_steps(accumulated[0].arrays(), plain[0].arrays())
 
 

@@ -4,8 +4,6 @@ Awkward: heads * head_dim is not hidden, words are a prime, rows are three
 windows long, and the weights are so large that both soft caps bite.
 """
 
-import functools
-
 import keras
 import numpy as np
 from keras import ops
@@ -52,9 +50,10 @@ def save(folder, *, gain=3.5, **changes):
     import torch
     import transformers
 
-    settings = {**SIZES, **changes}
     torch.manual_seed(0)
-    model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**settings))
+    model = transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(**{**SIZES, **changes})
+    )
     for name, value in model.named_parameters():
         kind = next(k for k in DEVIATIONS if k in name)
         torch.nn.init.normal_(value, 0.0, DEVIATIONS[kind])
@@ -123,32 +122,30 @@ def differentiate(function, variables):
         A function of numpy arrays: (float, a gradient of each variable).
     """
     backend = keras.config.backend()
-    values = [v.value for v in variables]
+    if backend == "jax":
+        import jax
 
-    def tensorflow_s(arguments):
-        import tensorflow as tf
+        def pure(values, arguments):
+            pairs = list(zip(variables, values))
+            with keras.StatelessScope(state_mapping=pairs):
+                return function(*arguments)
 
-        with tf.GradientTape() as tape:
-            value = function(*arguments)
-        return value, tape.gradient(value, values)
+        compiled = jax.jit(jax.value_and_grad(pure))
 
-    def torch_s(arguments):
+    def run(arguments):
+        values = [v.value for v in variables]
+        if backend == "jax":
+            return compiled(values, arguments)
+        if backend == "tensorflow":
+            import tensorflow as tf
+
+            with tf.GradientTape() as tape:
+                value = function(*arguments)
+            return value, tape.gradient(value, values)
         import torch
 
         value = function(*arguments)
         return value, torch.autograd.grad(value, values)
-
-    def pure(values, arguments):
-        pairs = list(zip(variables, values))
-        with keras.StatelessScope(state_mapping=pairs):
-            return function(*arguments)
-
-    if backend == "jax":
-        import jax
-
-        run = functools.partial(jax.jit(jax.value_and_grad(pure)), values)
-    else:
-        run = {"tensorflow": tensorflow_s, "torch": torch_s}[backend]
 
     def numbers(*arrays):
         value, found = run([ops.convert_to_tensor(a) for a in arrays])

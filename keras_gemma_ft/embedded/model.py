@@ -5,10 +5,13 @@ window on even layers, both soft caps, post-norms, a tied embedding. How the
 weights in `gemma2_tiny_en/` were made (BOOKS is a folder of plain text files):
 
     python -m keras_gemma_ft.embedded.tokenizer --books=BOOKS --output=FILE
+    python -m keras_gemma_ft.embedded.practice --output=runs/practice.jsonl
+    python -m keras_gemma_ft.embedded.practice --turns --output=runs/turns.jsonl
     python -m keras_gemma_ft.embedded.model --output=runs/untrained
     python -m keras_gemma_ft.train --config=configs/tiny_pretrain.py \
-        --preset=runs/untrained --data.train='BOOKS/*.txt'
-    python -m keras_gemma_ft.embedded.model --from=runs/tiny_pretrain/model \
+        --data.train='BOOKS/*.txt,runs/practice.jsonl' --data.eval=ONE_BOOK.txt
+    python -m keras_gemma_ft.train --config=configs/tiny_turns.py
+    python -m keras_gemma_ft.embedded.model --from=runs/tiny_turns/model \
         --output=keras_gemma_ft/embedded/gemma2_tiny_en
 """
 

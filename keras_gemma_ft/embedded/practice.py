@@ -1,12 +1,14 @@
-"""What books of 1860-1920 lack: digits, records, repetition. Seeded.
+"""What books of 1860-1920 lack: digits, records, repetition, turns. Seeded.
 
 A real Gemma 2 has read numbers in digits and words, JSON, and text that says
 things twice; a few million tokens of old novels hold almost none of it, and a
 model of them cannot copy a number from its prompt. These exercises are a fifth
-of the embedded model's pre-training text. They share no sentence and no record
-layout with the demo task.
+of the embedded model's pre-training text, and the whole of a short second
+stage in Gemma's turns, without which `<end_of_turn>` is a piece that the model
+never saw. They share no sentence and no record layout with the demo task.
 
     python -m keras_gemma_ft.embedded.practice --output=runs/practice.jsonl
+    python -m keras_gemma_ft.embedded.practice --turns --output=runs/turns.jsonl
 """
 
 import argparse
@@ -146,8 +148,67 @@ def _records(rng):
     )
 
 
+# Names of a record's fields, in any mixture.
+_KEYS = (
+    "item quantity unit room device state minutes label colour percent degrees "
+    "mode title artist intent shopping timer light music volume heating oven "
+    "switch name price size owner street number letter weight date kind page"
+).split()
+
+
+def _fields(rng):
+    """A request to write named values as JSON, and the JSON."""
+    keys = rng.sample(_KEYS, rng.randint(2, 5))
+    record = {
+        key: _number(rng)
+        if rng.random() < 0.5
+        else " ".join(rng.choices(_WORDS, k=rng.randint(1, 2)))
+        for key in keys
+    }
+    shown = list(record.items())
+    rng.shuffle(shown)
+    form = rng.choice(("{} is {}", "{}: {}", "{} = {}", "{} {}"))
+    parts = [
+        form.format(key, _said(v, rng) if isinstance(v, int) else v)
+        for key, v in shown
+    ]
+    order = "/".join(record)
+    request = rng.choice(("Write", "Note as JSON", "Record", "Fields"))
+    text = f"{request} {order}. {rng.choice((', ', '; ')).join(parts)}"
+    return text, json.dumps(record, separators=(",", ":"))
+
+
+def _figures(rng):
+    n = _number(rng)
+    words = sentences.number_words(n, rng)
+    form = rng.choice(("{} in digits?", "Digits for {}", "What is {}?"))
+    return form.format(words), str(n)
+
+
+def _echo(rng):
+    words = rng.choices(_WORDS + _NAMES, k=rng.randint(1, 6))
+    words[rng.randrange(len(words))] = str(_number(rng))
+    line = " ".join(words)
+    form = rng.choice(("Repeat: {}", "Say {}", "{} - again!"))
+    return form.format(line), line
+
+
+def _described(rng):
+    sentence, record = rng.choice((_person, _sale, _animal, _page))(rng)
+    return sentence, json.dumps(record, separators=(",", ":"))
+
+
+def turns(count=16_000, seed=1):
+    """Yields `count` {"prompt", "response"} exercises."""
+    rng = random.Random(seed)
+    kinds = (_fields, _fields, _figures, _echo, _described)
+    for _ in range(count):
+        prompt, response = rng.choice(kinds)(rng)
+        yield {"prompt": prompt, "response": response}
+
+
 def documents(count=COUNT, seed=0):
-    """Yields `count` exercise texts."""
+    """Yields `count` exercise texts, each a document."""
     rng = random.Random(seed)
     kinds = (_counts, _repeats, _records, _records)
     for _ in range(count):
@@ -157,11 +218,10 @@ def documents(count=COUNT, seed=0):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", required=True)
+    parser.add_argument("--turns", action="store_true")
     args = parser.parse_args()
-    lines = (
-        json.dumps({"text": text}, ensure_ascii=False) + "\n"
-        for text in documents()
-    )
+    records = turns() if args.turns else ({"text": t} for t in documents())
+    lines = (json.dumps(r, ensure_ascii=False) + "\n" for r in records)
     pathlib.Path(args.output).write_text("".join(lines), encoding="utf-8")
 
 

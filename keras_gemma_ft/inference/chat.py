@@ -45,7 +45,7 @@ class Session:
             [self._ids(p) for p in prompts], on_token=stream
         )
         if stream:
-            print(file=sys.stderr)
+            stream.end()
         return [
             {"prompt": p, "completion": self.tokenizer.decode(ids)}
             for p, ids in zip(prompts, outputs)
@@ -66,10 +66,11 @@ class Session:
                 return turns
             messages.append({"role": "user", "content": text})
             question = text if self.settings.raw else messages
+            stream = _Stream(self.tokenizer)
             ids = self.generator.complete(
-                [self._ids(question)], on_token=_Stream(self.tokenizer)
+                [self._ids(question)], on_token=stream
             )[0]
-            print(file=sys.stderr)
+            stream.end()
             answer = self.tokenizer.decode(ids)
             messages.append({"role": "model", "content": answer})
             turns.append({"prompt": text, "completion": answer})
@@ -87,3 +88,8 @@ class _Stream:
         if not text.endswith("\ufffd"):
             print(text[self.shown :], end="", file=sys.stderr, flush=True)
             self.shown = len(text)
+
+    def end(self):
+        """Prints what is left: a character that was never completed."""
+        text = self.tokenizer.decode(self.ids)
+        print(text[self.shown :], file=sys.stderr, flush=True)

@@ -168,29 +168,29 @@ def _download_huggingface(handle):
             f"--preset={handle}: {error}. Expected hf://owner/name."
         ) from None
     except (errors.LocalEntryNotFoundError, OSError) as error:
+        # Not its text: the address in it may be signed.
+        code = getattr(getattr(error, "response", None), "status_code", "")
         raise config.UserError(
-            f"--preset={handle}: {type(error).__name__}. {_NETWORK}"
+            f"--preset={handle}: {type(error).__name__} {code}. {_NETWORK}"
         ) from None
 
 
 def _from_keras_hub(source, dtype):
     """A backbone through KerasHub's own loader, errors with their cure."""
+    if isinstance(source, pathlib.Path):
+        # KerasHub's error about a broken one does not name the file.
+        huggingface.read_json(source / "config.json")
     try:
         # KerasHub reads a registered class name from config.json: refuse
         # others than Gemma before anything of the folder is built.
         backbone = keras_hub.models.GemmaBackbone.from_preset(
             str(source), dtype=dtype
         )
-    except OSError as error:
-        cure = _access_cure(error)
+    except Exception as error:
+        cure = _cure(source, error)
         if cure is None:
             raise
         raise config.UserError(f"--preset={source}: {cure}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        text = str(error)
-        if any(code in text for code in ("401", "403", "credentials")):
-            text = _CREDENTIALS
-        raise config.UserError(f"--preset={source}: {text}") from None
     if backbone.attention_logit_soft_cap is None:
         raise config.UserError(
             f"--preset={source} is a Gemma without Gemma 2's soft caps. This "
@@ -199,19 +199,30 @@ def _from_keras_hub(source, dtype):
     return backbone
 
 
-def _access_cure(error):
-    """What to do about a failed download; None if it is another error."""
-    text = f"{type(error).__name__}: {error}"
-    if any(code in text for code in ("401", "403", "not accessible")):
-        return _CREDENTIALS
+# KerasHub says "permissions" where Kaggle said 403 or 404.
+_DENIED = ("401", "403", "credentials", "not accessible", "permissions to")
+
+
+def _cure(source, error):
+    """What to do about a failed download or load; None if it is our bug."""
+    text, module = f"{type(error).__name__}: {error}", type(error).__module__
+    local = isinstance(source, pathlib.Path)
+    if not local and any(word in text for word in _DENIED):
+        return f"no such model, or no access to it. {_CREDENTIALS}"
     if isinstance(error, FileNotFoundError):
-        return text
-    if type(error).__module__.startswith(("requests", "urllib", "httpx")):
+        return (
+            f"{text} A Keras preset holds config.json, model.weights.h5 (or "
+            f"shards and model.weights.json) and assets/. Fetch it again."
+        )
+    if module.startswith(("requests", "urllib", "httpx")):
         return _NETWORK
     if isinstance(error, (ConnectionError, TimeoutError)):
         return _NETWORK
     # h5py raises a bare OSError for a truncated file.
-    return f"a file of the preset cannot be read ({text}). Fetch it again."
+    if isinstance(error, OSError) or module.startswith("kagglehub"):
+        return f"a file of the preset cannot be read ({text}). Fetch it again."
+    known = isinstance(error, (ValueError, KeyError, TypeError))
+    return str(error) if known else None
 
 
 def _read_huggingface(folder, dtype):

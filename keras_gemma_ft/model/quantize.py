@@ -106,7 +106,10 @@ def decode(stored, mode, dtype):
         offset, top = {"int8": (0, 127), "int4": (8, 7)}[mode]
         unit = (ops.cast(codes, "float32") - offset) / top
     absmax = ops.cast(ops.convert_to_tensor(stored["absmax"]), "float32")
-    absmax = absmax * stored["step"] + stored["low"]
+    step, low = (
+        ops.convert_to_tensor(stored[name]) for name in ("step", "low")
+    )
+    absmax = absmax * step + low
     shape = unit.shape
     blocks = ops.reshape(unit, (*absmax.shape, shape[-1] // absmax.shape[-1]))
     return ops.cast(ops.reshape(blocks * absmax[..., None], shape), dtype)

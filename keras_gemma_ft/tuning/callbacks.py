@@ -137,7 +137,7 @@ class Evaluate(keras.callbacks.Callback):
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Checkpoints when due, at the end, on SIGTERM and when time is up.
+    """Checkpoints when due, at the end, on a signal and when time is up.
 
     Args:
         folder: `RunFolder`.
@@ -152,7 +152,7 @@ class Checkpoint(keras.callbacks.Callback):
         super().__init__()
         self.folder, self.every, self.steps = folder, every, steps
         self.keep, self.deadline, self.facts = keep, deadline, facts
-        self.terminated = False
+        self.terminated = None  # the name of the signal that came
         self.saved = None
         self.due = None
 
@@ -161,14 +161,14 @@ class Checkpoint(keras.callbacks.Callback):
         if self.due is None:
             self.due = _next(step - 1, self.every)
         late = self.deadline is not None and time.monotonic() > self.deadline
-        stop = self.terminated or late
+        stop = self.terminated is not None or late
         last = step >= self.steps or self.model.stop_training
         if step >= self.due or stop or last:
             self.due = _next(step, self.every)
             self.save()
         if stop and not last:
             self.model.stop_training = True
-            self.model.stopped = "SIGTERM" if self.terminated else "time is up"
+            self.model.stopped = self.terminated or "time is up"
 
     def save(self):
         if not math.isfinite(self.model.last_loss):
@@ -183,13 +183,21 @@ class Checkpoint(keras.callbacks.Callback):
 
 
 class StopOnNaN(keras.callbacks.Callback):
-    """Stops, without a checkpoint, as soon as a window's loss is not finite."""
+    """Stops, without a checkpoint, once a loss or gradient is not finite."""
 
     def on_epoch_end(self, epoch, logs=None):
-        self.model.last_loss = float(logs["loss"])
-        if not math.isfinite(self.model.last_loss):
+        loss = float(logs["loss"])
+        # The loss is of before the update: the gradient tells whether the
+        # window's last one has spoilt the values that would be saved.
+        norm = float(
+            ops.convert_to_numpy(self.model.optimizer.gradient_norm.value)
+        )
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.model.last_loss = loss
+        else:
+            self.model.last_loss = math.nan
             self.model.stop_training = True
-            self.model.stopped = "the loss is not finite"
+            self.model.stopped = "the loss or its gradient is not finite"
 
 
 def _next(step, every):

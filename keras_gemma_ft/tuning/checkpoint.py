@@ -1,8 +1,8 @@
 """What a run needs to go on: complete or absent, verified, restored exactly.
 
 `checkpoints/<step>/` holds `state.safetensors` (what is trained, the
-optimizer, the seeds) and `state.json` (step, counts, length and sha256 of the
-former). The data position is the step: the order of the rows is a pure
+optimizer, the seeds) and `state.json` (step, counts, the former's length, and
+a sha256 over both). The data position is the step: the order of the rows is a pure
 function of (seed, step).
 """
 
@@ -53,9 +53,18 @@ def save(run_dir, tuner, facts):
         state = {
             **facts,
             "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "sha256": _digest(facts, data),
         }
         (partial / "state.json").write_text(json.dumps(state, indent=1))
+
+
+def _digest(facts, data):
+    """sha256 over what state.json says of the run, and the tensors."""
+    own = ("bytes", "sha256")
+    told = {key: value for key, value in facts.items() if key not in own}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def prune(run_dir, keep):
@@ -78,7 +87,7 @@ def latest(run_dir):
             data = (folder / "state.safetensors").read_bytes()
             if len(data) != facts["bytes"]:
                 raise ValueError(f"{len(data)} bytes, not {facts['bytes']}")
-            if hashlib.sha256(data).hexdigest() != facts["sha256"]:
+            if _digest(facts, data) != facts["sha256"]:
                 raise ValueError("its sha256 differs")
         except (OSError, ValueError, KeyError) as error:
             runtime.say(f"checkpoint {folder.name} is damaged ({error}); "

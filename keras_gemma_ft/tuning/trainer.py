@@ -355,9 +355,15 @@ def _fit(cfg, folder, job, tuner, judge, facts):
     calls = [call for call in calls if call is not None]
 
     def terminate(number, frame):
-        keeper.terminated = True
+        keeper.terminated = signal.Signals(number).name
+        runtime.say(f"{keeper.terminated}: stopping within {window} steps")
+        # A second Ctrl-C stops at once.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    previous = signal.signal(signal.SIGTERM, terminate)
+    previous = {
+        number: signal.signal(number, terminate)
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         whole, rest = divmod(job.steps - tuner.step, window)
         for count, size in ((whole, window), (1, rest)):
@@ -371,6 +377,7 @@ def _fit(cfg, folder, job, tuner, judge, facts):
                     verbose=0,
                 )
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         clock.bar.close()
     return clock, evaluate
