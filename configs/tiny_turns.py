@@ -4,7 +4,7 @@ python -m keras_gemma_ft.train --config=configs/tiny_turns.py
 (what comes before and after: keras_gemma_ft/embedded/model.py)
 
 Hardware: 2 CPU cores, JAX, about 5 minutes; every parameter is trained. The
-loss of held-out exercises falls from 3.9 to 0.38 nats a learned token.
+loss of held-out exercises falls from 5.67 to 0.38 nats a learned token.
 """
 
 from keras_gemma_ft import config

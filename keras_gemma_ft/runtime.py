@@ -18,7 +18,7 @@ import traceback
 
 from absl import logging
 
-from keras_gemma_ft import config
+from keras_gemma_ft import command_line, config
 
 DONE, BUG, MISTAKE, RESUMABLE = 0, 1, 2, 75
 _EXTRAS = {"jax": "jax", "tensorflow": "tensorflow", "torch": "torch"}
@@ -43,13 +43,13 @@ def main(verb, doc):
     object is stdout's last line.
     """
     if {"--help", "-help", "-h", "--helpfull"} & set(sys.argv[1:]):
-        print(config.help_text(doc))
+        print(command_line.help_text(doc))
         sys.exit(DONE)
     signal.signal(signal.SIGTERM, _terminate)
     status, result = BUG, None
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            cfg = config.from_flags(sys.argv[1:])
+            cfg = command_line.from_flags(sys.argv[1:])
             result, status = verb(cfg), DONE
         except config.UserError as error:
             print(f"Error: {error}", file=sys.stderr)

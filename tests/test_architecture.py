@@ -16,7 +16,8 @@ NAME = PACKAGE.name
 # What a part may import besides itself; lower lines never import higher ones.
 BELOW = {
     "config": {"config"},
-    "runtime": {"config"},
+    "command_line": {"config"},
+    "runtime": {"config", "command_line"},
     "embedded": {"config", "runtime"},
     "data": {"config"},
     "formats": {"config"},

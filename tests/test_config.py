@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from keras_gemma_ft import config
+from keras_gemma_ft import command_line, config
 from keras_gemma_ft.config import Config, Data, Lora, Train, UserError
 from keras_gemma_ft.embedded import recipe
 
@@ -70,13 +70,13 @@ def test_each_setting_is_a_flag_with_help(path, field):
     flag = f"--{path}={value}"
     if isinstance(value, bool):
         flag = f"--{'' if value else 'no'}{path}"
-    found = config.from_flags([flag, "--preset=any"])
+    found = command_line.from_flags([flag, "--preset=any"])
     if path != "preset":
         assert read(found, path) == value
     assert type(read(found, path)) is type(field.default)
     assert len(field.metadata["help"]) > 8
-    assert f"  --{path}=" in config.help_text("Doc.")
-    assert field.metadata["help"] in config.help_text("Doc.")
+    assert f"  --{path}=" in command_line.help_text("Doc.")
+    assert field.metadata["help"] in command_line.help_text("Doc.")
 
 
 def test_walk_replace_and_flatten_agree():
@@ -88,8 +88,8 @@ def test_walk_replace_and_flatten_agree():
 
 
 def test_precedence_default_recipe_file_command_line(tmp_path):
-    assert config.from_flags([]) == recipe.get_config()
-    assert config.from_flags(["--preset=mine"]) == Config(preset="mine")
+    assert command_line.from_flags([]) == recipe.get_config()
+    assert command_line.from_flags(["--preset=mine"]) == Config(preset="mine")
     assert recipe.get_config().lora.rank != Lora().rank
     file = tmp_path / "mine.py"
     file.write_text(
@@ -99,22 +99,23 @@ def test_precedence_default_recipe_file_command_line(tmp_path):
     )
     # The file stands in the recipe's place; an int is good for a float.
     expected = Config(lora=Lora(rank=3, alpha=5.0))
-    found = config.from_flags([f"--config={file}"])
+    found = command_line.from_flags([f"--config={file}"])
     assert found == expected
     assert type(found.lora.alpha) is float
-    found = config.from_flags([f"--config={file}", "--lora.rank=4"])
+    found = command_line.from_flags([f"--config={file}", "--lora.rank=4"])
     assert found == Config(lora=Lora(rank=4, alpha=5.0))
     # A value equal to the default is still said on the command line.
     default = Lora().rank
-    found = config.from_flags([f"--config={file}", f"--lora.rank={default}"])
+    argv = [f"--config={file}", f"--lora.rank={default}"]
+    found = command_line.from_flags(argv)
     assert found.lora == Lora(alpha=5.0)
 
 
 def test_booleans_are_said_in_four_ways():
     for argv in (["--noresume"], ["--resume=false"], ["--nodata.pack"]):
-        found = config.from_flags(argv)
+        found = command_line.from_flags(argv)
         assert (found.resume, found.data.pack).count(False) == 1, argv
-    assert config.from_flags(["--resume", "--data.pack=true"]).resume
+    assert command_line.from_flags(["--resume", "--data.pack=true"]).resume
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_booleans_are_said_in_four_ways():
     ],
 )
 def test_a_mistake_is_told_its_cure(argv, words):
-    text = message(config.from_flags, argv)
+    text = message(command_line.from_flags, argv)
     missing = [word for word in words if word not in text]
     assert not missing, f"{missing} not in: {text}"
 
@@ -225,7 +226,7 @@ def test_check_lists_every_offence_at_once():
             max_new_tokens=0, temperature=0.0, top_k=0, top_p=1.5
         ),
     )
-    text = message(config.check, wrong)
+    text = message(command_line.check, wrong)
     offences = [
         "--seed=-1",
         "--run_dir",
@@ -253,9 +254,9 @@ def test_check_lists_every_offence_at_once():
 )
 def test_the_batch_that_is_proposed_is_taken(batch, micro, cure):
     data = Data(batch_size=batch, micro_batch_size=micro)
-    text = message(config.check, Config(data=data))
+    text = message(command_line.check, Config(data=data))
     assert f"Try --data.batch_size={cure} " in text
-    config.check(
+    command_line.check(
         Config(data=Data(batch_size=cure, micro_batch_size=max(1, micro)))
     )
 
@@ -284,7 +285,7 @@ def test_the_batch_that_is_proposed_is_taken(batch, micro, cure):
 def test_a_broken_config_file(tmp_path, source, words):
     file = tmp_path / "mine.py"
     file.write_text(source)
-    text = message(config.load_file, file)
+    text = message(command_line.load_file, file)
     assert text.startswith(f"--config={file}")
     missing = [word for word in words if word not in text]
     assert not missing, f"{missing} not in: {text}"
@@ -292,9 +293,9 @@ def test_a_broken_config_file(tmp_path, source, words):
 
 def test_a_config_file_that_is_missing(tmp_path):
     (tmp_path / "gemma.py").touch()
-    text = message(config.load_file, tmp_path / "gema.py")
+    text = message(command_line.load_file, tmp_path / "gema.py")
     assert f"Did you mean: {tmp_path / 'gemma.py'}?" in text
-    text = message(config.load_file, tmp_path / "no" / "gema.py")
+    text = message(command_line.load_file, tmp_path / "no" / "gema.py")
     assert "no such file" in text
 
 

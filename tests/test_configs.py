@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from keras_gemma_ft import config
+from keras_gemma_ft import command_line, config
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -34,8 +34,8 @@ def command(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_recipe_loads_and_tells_its_story(path):
-    found = config.load_file(path)
-    config.check(found)
+    found = command_line.load_file(path)
+    command_line.check(found)
     text = path.read_text("utf-8")
     assert len(text.splitlines()) <= 40
     doc = ast.get_docstring(ast.parse(text))
@@ -49,21 +49,21 @@ def test_a_recipes_command_is_understood(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     argv = command(path)
     assert argv[0] == f"--config=configs/{path.name}"
-    found = config.from_flags(argv)
-    recipe = config.flatten(config.load_file(path))
+    found = command_line.from_flags(argv)
+    recipe = config.flatten(command_line.load_file(path))
     said = {word[2:].partition("=")[0] for word in argv[1:]}
     changed = {k for k, v in config.flatten(found).items() if v != recipe[k]}
     assert changed <= said
 
 
 def test_recipes_write_to_folders_of_their_own():
-    folders = [config.load_file(path).run_dir for path in CONFIGS]
+    folders = [command_line.load_file(path).run_dir for path in CONFIGS]
     assert len({*folders}) == len(folders), folders
 
 
 def test_the_demo_recipe_is_what_train_runs_without_a_flag():
-    demo = config.load_file(ROOT / "configs/demo.py")
-    assert demo == config.from_flags([])
+    demo = command_line.load_file(ROOT / "configs/demo.py")
+    assert demo == command_line.from_flags([])
 
 
 @pytest.mark.parametrize("path", VERBS, ids=lambda path: path.stem)

@@ -14,7 +14,14 @@ import pytest
 import sentencepiece
 from keras import ops
 
-from keras_gemma_ft import config, embedded, evaluate, runtime, train
+from keras_gemma_ft import (
+    command_line,
+    config,
+    embedded,
+    evaluate,
+    runtime,
+    train,
+)
 from keras_gemma_ft.data import pipeline, tokens
 from keras_gemma_ft.embedded import model
 from keras_gemma_ft.model import presets
@@ -81,7 +88,7 @@ def settings(workshop, run_dir, **changes):
     }
     values |= {k.replace("__", "."): v for k, v in changes.items()}
     found = config.replace(BASE, values)
-    config.check(found)
+    command_line.check(found)
     return found
 
 

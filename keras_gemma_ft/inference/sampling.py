@@ -77,7 +77,7 @@ class Generator:
         Args:
             prompts: lists of token ids.
             batch_size: rows at once.
-            on_token: called with (row, id) as soon as a token is chosen.
+            on_token: called with (prompt number, id) as soon as a token is chosen.
             limit: longest completion; the settings' by default.
 
         Returns:
@@ -89,8 +89,9 @@ class Generator:
         outputs = [None] * len(prompts)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
+            tell = on_token and (lambda i, id: on_token(rows[i], id))
             completions = self._batch(
-                [prompts[i] for i in rows], limit, on_token
+                [prompts[i] for i in rows], limit, tell
             )
             for i, completion in zip(rows, completions):
                 outputs[i] = completion

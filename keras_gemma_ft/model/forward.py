@@ -50,7 +50,7 @@ def hidden_states(
     residual = residual_dtype(backbone)
     # Gemma rounds sqrt(d) in the compute dtype; so do its weights expect it.
     root = ops.cast(np.sqrt(backbone.hidden_dim), backbone.compute_dtype)
-    x = ops.cast(ops.cast(x, backbone.compute_dtype) * root, residual)
+    x = ops.cast(x, residual) * ops.cast(root, residual)
     rope = _rotary(positions, backbone.head_dim)
     if cache is None:
         masks = _masks(backbone, segment_ids, segment_ids, 0)

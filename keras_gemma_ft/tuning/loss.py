@@ -72,15 +72,15 @@ def _recomputed(flat, table, labels, cap):
     """Losses [chunks, C]; the backward pass forms each chunk's z again."""
     table = ops.convert_to_tensor(table)
 
-    def one(h, table, y):
-        return _chunk_loss(h, table, y, cap)[0]
+    def chunk(i):
+        # The labels closed over: TensorFlow differentiates every argument.
+        def run(h, table):
+            return _chunk_loss(h, table, labels[i], cap)[0]
 
-    if flat.shape[0] > 1:
-        one = keras.remat(one)
-    losses = [
-        one(flat[i], table, labels[i]) for i in range(flat.shape[0])
-    ]
-    return ops.stack(losses)
+        many = flat.shape[0] > 1
+        return (keras.remat(run) if many else run)(flat[i], table)
+
+    return ops.stack([chunk(i) for i in range(flat.shape[0])])
 
 
 def _frozen(flat, table, labels, cap):
