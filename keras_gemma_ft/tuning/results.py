@@ -7,17 +7,6 @@ from keras_gemma_ft.formats import adapters, atomic
 from keras_gemma_ft.model import lora, presets
 
 
-def sentence(report):
-    """One line about a prepared split."""
-    dropped = ", ".join(f"{n} x {why}" for why, n in report["dropped"].items())
-    return (
-        f"{report['records']} records ({report['format']}), "
-        f"{report['tokens']:,} tokens, {report['learned_tokens']:,} learned, "
-        f"{report['rows']} rows, {report['padding']:.1%} padding, "
-        f"{report['truncated']} truncated, dropped: {dropped or 'none'}"
-    )
-
-
 def summary(cfg, tuner, clock, backend, began):
     """What is known of a run when `fit` has ended."""
     facts = {

@@ -4,13 +4,11 @@
 `compute_loss` serves Keras's own train step on every backend.
 """
 
-import dataclasses
 import math
 import signal
 import time
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_gemma_ft import config, runtime
@@ -25,6 +23,7 @@ from keras_gemma_ft.tuning import (
     results,
     run_folder,
 )
+from keras_gemma_ft.tuning.job import Job
 
 
 class FineTuner(keras.Model):
@@ -195,87 +194,6 @@ def run(cfg, backend):
             f"for {job.steps} steps"
         )
         return _train(cfg, folder, job, tuner, began, backend)
-
-
-@dataclasses.dataclass
-class Job:
-    """The data of a run and its durations, in optimizer steps."""
-
-    cfg: config.Config
-    tokenizer: object
-    rows: pipeline.Prepared
-    held_out: object
-    steps: int
-    steps_per_epoch: int
-
-    @classmethod
-    def prepare(cls, cfg, loaded):
-        rows = pipeline.prepare(cfg.data, loaded.tokenizer, "train", cfg.seed)
-        held = pipeline.prepare(cfg.data, loaded.tokenizer, "eval", cfg.seed)
-        each = pipeline.steps(rows, cfg.data.batch_size)
-        steps = cfg.train.steps or pipeline.steps(
-            rows, cfg.data.batch_size, cfg.train.epochs
-        )
-        for name, part in (("train", rows), ("eval", held)):
-            if part is not None:
-                runtime.say(f"{name} data: {results.sentence(part.report)}")
-        return cls(cfg, loaded.tokenizer, rows, held, steps, each)
-
-    def duration(self, text):
-        return config.duration(
-            text, total=self.steps, steps_per_epoch=self.steps_per_epoch
-        )
-
-    @property
-    def warmup(self):
-        return self.duration(self.cfg.train.warmup)
-
-    @property
-    def micro_batch_size(self):
-        return self.cfg.data.micro_batch_size or self.cfg.data.batch_size
-
-    def fingerprints(self):
-        parts = {"train": self.rows, "eval": self.held_out}
-        return {
-            name: part.report["sources"]
-            for name, part in parts.items()
-            if part is not None
-        }
-
-    def batches(self, start, count):
-        """Micro-batches of `count` optimizer steps from `start` on."""
-        return pipeline.train_batches(
-            self.rows,
-            batch_size=self.cfg.data.batch_size,
-            micro_batch_size=self.micro_batch_size,
-            seed=self.cfg.seed,
-            start_step=start,
-            steps=count,
-        )
-
-    def show_proof(self):
-        batch = next(iter(self.batches(0, 1)))
-        runtime.say("the first batch, learned tokens in ⟦ ⟧:")
-        runtime.say(pipeline.proof(batch, self.tokenizer))
-
-    def token_counter(self):
-        """Function of a step: (row tokens, learned tokens) before it."""
-        size = self.cfg.data.batch_size
-        lengths = np.array(
-            [
-                sum(self.rows.starts[e + 1] - self.rows.starts[e] - 1
-                    for e in row)
-                for row in self.rows.rows
-            ]
-        )
-        seen = np.zeros((self.steps + 1, 2), "int64")
-        for step in range(self.steps):
-            rows = pipeline.rows_of_step(
-                self.rows, step, batch_size=size, seed=self.cfg.seed
-            )
-            here = lengths[rows].sum(), self.rows.learned[rows].sum()
-            seen[step + 1] = seen[step] + here
-        return lambda step: (int(seen[step][0]), int(seen[step][1]))
 
 
 def _train(cfg, folder, job, tuner, began, backend):

@@ -1,0 +1,108 @@
+"""What a run works on: its rows, and its durations in optimizer steps."""
+
+import dataclasses
+
+import numpy as np
+
+from keras_gemma_ft import config, runtime
+from keras_gemma_ft.data import pipeline
+
+
+@dataclasses.dataclass
+class Job:
+    """The data of a run and its durations, in optimizer steps."""
+
+    cfg: config.Config
+    tokenizer: object
+    rows: pipeline.Prepared
+    held_out: object
+    steps: int
+    steps_per_epoch: int
+
+    @classmethod
+    def prepare(cls, cfg, loaded):
+        """Reads and packs the data of `cfg` with `loaded`'s tokenizer."""
+        rows = pipeline.prepare(cfg.data, loaded.tokenizer, "train", cfg.seed)
+        held = pipeline.prepare(cfg.data, loaded.tokenizer, "eval", cfg.seed)
+        each = pipeline.steps(rows, cfg.data.batch_size)
+        steps = cfg.train.steps or pipeline.steps(
+            rows, cfg.data.batch_size, cfg.train.epochs
+        )
+        for name, part in (("train", rows), ("eval", held)):
+            if part is not None:
+                runtime.say(f"{name} data: {_sentence(part.report)}")
+        return cls(cfg, loaded.tokenizer, rows, held, steps, each)
+
+    def duration(self, text):
+        """Optimizer steps that a duration such as `25 %` means here."""
+        return config.duration(
+            text, total=self.steps, steps_per_epoch=self.steps_per_epoch
+        )
+
+    @property
+    def warmup(self):
+        """Optimizer steps of the warm-up."""
+        return self.duration(self.cfg.train.warmup)
+
+    @property
+    def micro_batch_size(self):
+        """Rows in memory at once, all devices."""
+        return self.cfg.data.micro_batch_size or self.cfg.data.batch_size
+
+    def fingerprints(self):
+        """{split: name, bytes, sha256 and rows of each source}."""
+        parts = {"train": self.rows, "eval": self.held_out}
+        return {
+            name: part.report["sources"]
+            for name, part in parts.items()
+            if part is not None
+        }
+
+    def batches(self, start, count):
+        """Micro-batches of `count` optimizer steps from `start` on."""
+        return pipeline.train_batches(
+            self.rows,
+            batch_size=self.cfg.data.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            seed=self.cfg.seed,
+            start_step=start,
+            steps=count,
+        )
+
+    def show_proof(self):
+        """Shows what of the first batch is learned."""
+        batch = next(iter(self.batches(0, 1)))
+        runtime.say("the first batch, learned tokens in ⟦ ⟧:")
+        runtime.say(pipeline.proof(batch, self.tokenizer))
+
+    def token_counter(self):
+        """Function of a step: (row tokens, learned tokens) before it."""
+        size = self.cfg.data.batch_size
+        lengths = np.array(
+            [
+                sum(
+                    self.rows.starts[e + 1] - self.rows.starts[e] - 1
+                    for e in row
+                )
+                for row in self.rows.rows
+            ]
+        )
+        seen = np.zeros((self.steps + 1, 2), "int64")
+        for step in range(self.steps):
+            rows = pipeline.rows_of_step(
+                self.rows, step, batch_size=size, seed=self.cfg.seed
+            )
+            here = lengths[rows].sum(), self.rows.learned[rows].sum()
+            seen[step + 1] = seen[step] + here
+        return lambda step: (int(seen[step][0]), int(seen[step][1]))
+
+
+def _sentence(report):
+    """One line about a prepared split."""
+    dropped = ", ".join(f"{n} x {why}" for why, n in report["dropped"].items())
+    return (
+        f"{report['records']} records ({report['format']}), "
+        f"{report['tokens']:,} tokens, {report['learned_tokens']:,} learned, "
+        f"{report['rows']} rows, {report['padding']:.1%} padding, "
+        f"{report['truncated']} truncated, dropped: {dropped or 'none'}"
+    )
