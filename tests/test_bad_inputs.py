@@ -87,6 +87,7 @@ def good(workshop, tmp_path):  # noqa: F811
             ["--data.sequence_length=0", "2 tokens", "sequence_length=512"],
         ),
         ("--config=none.py", ["--config=none.py", "no such file"]),
+        ("--adapter=runs/x", ["--adapter=runs/x", "makes a new", "--run_dir"]),
         ("--backend=jx", ["--backend=jx", "auto, jax, tensorflow, torch"]),
     ],
 )

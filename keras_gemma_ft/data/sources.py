@@ -63,7 +63,7 @@ def read(spec, *, bad_rows=0):
             than `bad_rows` unusable records; the message lists them.
     """
     records, files, bad, places = [], [], [], []
-    for name in _names(spec):
+    for name in names(spec):
         unit, rows, fingerprint = _open(name)
         numbers, start, before = [], len(records), len(bad)
         for number, record, reason in rows:
@@ -96,28 +96,28 @@ def stop_if_bad(bad, allowed):
     )
 
 
-def _names(spec):
-    """The single sources that `spec` names, globs expanded."""
+def names(spec):
+    """The single sources that `spec` names, globs expanded; see `read`."""
     parts = [spec] if os.path.exists(spec) else spec.split(",")
-    names = []
+    single = []
     for part in filter(None, map(str.strip, parts)):
         path = os.path.expanduser(part)
         if part in DEMO or part.startswith("hf://") or os.path.isfile(path):
-            names.append(path)
+            single.append(path)
         elif glob.has_magic(path):
             found = sorted(glob.glob(path, recursive=True))
             found = [name for name in found if os.path.isfile(name)]
             if not found:
                 raise UserError(f"No file matches the pattern {part}.")
-            names += found
+            single += found
         else:
             raise UserError(_missing(path))
-    if not names:
+    if not single:
         raise UserError(
             f"data source {spec!r} names nothing. Type --data.train=demo, or "
             "a path such as --data.train=my.jsonl."
         )
-    return names
+    return single
 
 
 def _missing(path):

@@ -12,7 +12,7 @@ import keras
 from keras import ops
 
 from keras_gemma_ft import config, runtime
-from keras_gemma_ft.data import pipeline
+from keras_gemma_ft.data import pipeline, sources
 from keras_gemma_ft.inference import evaluation
 from keras_gemma_ft.model import forward, lora, presets, quantize
 from keras_gemma_ft.tuning import (
@@ -175,6 +175,8 @@ def run(cfg, backend):
         runtime.Stopped: time was up or SIGTERM came; run again to go on.
     """
     began = time.monotonic()
+    # A mistyped path should not wait for 18 GB of weights.
+    sources.names(cfg.data.train)
     folder = run_folder.RunFolder(cfg.run_dir)
     with folder.locked():
         loaded = presets.open(cfg, full=not cfg.lora.rank)
@@ -213,7 +215,7 @@ def _train(cfg, folder, job, tuner, began, backend):
     if before is None or not found:
         before = judge.judge("before")
         folder.write("before.json", before)
-    clock, evaluate = _fit(cfg, folder, job, tuner, judge, facts)
+    clock, evaluate = _fit(cfg, folder, job, tuner, judge, facts, began)
     summary = results.summary(cfg, tuner, clock, backend, began)
     folder.draw()
     if tuner.stopped:
@@ -243,7 +245,7 @@ def _stop(folder, tuner, summary):
     )
 
 
-def _fit(cfg, folder, job, tuner, judge, facts):
+def _fit(cfg, folder, job, tuner, judge, facts, began):
     """Runs `fit` from `tuner.step` to the end; returns (clock, evaluate)."""
     train = cfg.train
     window = min(max(1, job.duration(train.log_every)), job.steps)
@@ -266,7 +268,7 @@ def _fit(cfg, folder, job, tuner, judge, facts):
         every=job.duration(train.checkpoint_every),
         steps=job.steps,
         keep=train.keep_checkpoints,
-        deadline=None if limit is None else time.monotonic() + limit,
+        deadline=None if limit is None else began + limit,
         facts=lambda: {"best": evaluate.best} if evaluate else {},
     )
     calls = [clock, callbacks.StopOnNaN(), evaluate, keeper]
