@@ -167,3 +167,10 @@ def test_every_module_is_reached_from_a_test():
     modules = {n for n, path in FILES.items() if path.name != "__init__.py"}
     missing = sorted(modules - reached)
     assert not missing, f"no test reaches {', '.join(missing)}"
+
+
+def test_the_readmes_tree_names_every_module():
+    tree = (PACKAGE.parent / "README.md").read_text("utf-8")
+    named = set(re.findall(r"^ +(\w+\.py) ", tree, re.M))
+    there = {path.name for path in FILES.values()} - {"__init__.py"}
+    assert named == there

@@ -213,7 +213,8 @@ def save_best(folder, tuner, best):
     }
     facts = {key: str(value) for key, value in best.items()}
     with atomic.replacing(folder.path / "best.safetensors") as partial:
-        safetensors.save_file(arrays, partial, metadata=facts)
+        # Not save_file: its files are for the owner's eyes only.
+        partial.write_bytes(safetensors.save(arrays, metadata=facts))
 
 
 def load_best(folder, tuner):

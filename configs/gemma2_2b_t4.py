@@ -1,7 +1,8 @@
-"""Gemma 2 2B with LoRA on one 16 GB T4, Torch.
+"""Gemma 2 2B with LoRA on one 16 GB T4, Torch or TensorFlow.
 
-python -m keras_gemma_ft.train --config=configs/gemma2_2b_t4_torch.py \
-    --data.train=mine.jsonl
+python -m keras_gemma_ft.train --config=configs/gemma2_2b_t4.py \
+    --backend=torch --data.train=mine.jsonl
+(or --backend=tensorflow)
 
 Hardware: NVIDIA T4 (16 GB), which has no bfloat16. By arithmetic, not run on a
 T4 yet: weights 4.87 GiB in float16, adapters and their AdamW state 0.3 GiB,
@@ -14,8 +15,7 @@ from keras_gemma_ft import config
 def get_config():
     return config.Config(
         preset="gemma2_2b_en",
-        backend="torch",
-        run_dir="runs/gemma2_2b_t4_torch",
+        run_dir="runs/gemma2_2b_t4",
         data=config.Data(
             sequence_length=512, batch_size=16, micro_batch_size=2
         ),
