@@ -7,14 +7,14 @@ by modules of this folder, so that anybody can make them again.
 
 import pathlib
 
-PRESET = "gemma2_tiny_en"
+from keras_gemma_ft import config
 
 _FOLDER = pathlib.Path(__file__).resolve().parent
 
 
 def preset_folder():
     """The `pathlib.Path` of the embedded preset, in Keras's own format."""
-    return _FOLDER / PRESET
+    return _FOLDER / config.EMBEDDED_PRESET
 
 
 def demo_file(split):
