@@ -21,6 +21,7 @@ from test_run import settings, workshop  # noqa: F401
 
 from keras_gemma_ft import config, evaluate, generate, runtime, train
 from keras_gemma_ft.formats import huggingface
+from keras_gemma_ft.model import presets
 from keras_gemma_ft.tuning import run_folder
 
 BACKEND = keras.config.backend()
@@ -155,6 +156,15 @@ def test_training_records(call, good, tmp_path, name, text, words):
     call(words, good, {"data.train": file, "data.sequence_length": 64})
     # A run that never began leaves nothing that a later one would trip on.
     assert not (tmp_path / "run/config.json").exists()
+
+
+@pytest.mark.parametrize("setting", ["data.train", "data.eval"])
+def test_data_is_looked_for_before_the_weights(
+    call, good, monkeypatch, setting
+):
+    loaded = raising(lambda: AssertionError("the weights were loaded"))
+    monkeypatch.setattr(presets, "open", loaded)
+    call(["no.jsonl", "does not exist"], good, {setting: "no.jsonl"})
 
 
 @pytest.mark.parametrize(

@@ -90,18 +90,29 @@ def build(data, tokenizer, split, seed):
     return built
 
 
+_SHARE = re.compile(r"\s*([\d.]+)\s*%\s*")
+
+
+def spec(data, split):
+    """What `sources.read` is given for a split; None: nothing to evaluate on.
+
+    A share such as `5%` of the training records is read from them.
+    """
+    if split == "train" or _SHARE.fullmatch(data.eval):
+        return data.train
+    if data.eval == "auto":
+        return "demo:eval" if data.train in sources.DEMO else None
+    return None if data.eval in ("none", "") else data.eval
+
+
 def _read(data, split, seed):
     """`(records, report, numbers of the split)`, or None."""
-    share = re.fullmatch(r"\s*([\d.]+)\s*%\s*", data.eval)
-    spec = data.train
-    if split == "eval" and not share:
-        spec = data.eval
-        if spec == "auto":
-            spec = "demo:eval" if data.train in sources.DEMO else "none"
-        if spec in ("none", ""):
-            return None
-    records, report = sources.read(spec, bad_rows=data.bad_rows)
+    found = spec(data, split)
+    if found is None:
+        return None
+    records, report = sources.read(found, bad_rows=data.bad_rows)
     numbers = np.arange(len(records))
+    share = _SHARE.fullmatch(data.eval)
     if share:
         held = round(len(records) * float(share[1]) / 100)
         if not 0 < held < len(records):

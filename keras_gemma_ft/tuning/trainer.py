@@ -12,7 +12,7 @@ import keras
 from keras import ops
 
 from keras_gemma_ft import config, runtime
-from keras_gemma_ft.data import pipeline, sources
+from keras_gemma_ft.data import examples, pipeline, sources
 from keras_gemma_ft.inference import evaluation
 from keras_gemma_ft.model import forward, lora, presets, quantize
 from keras_gemma_ft.tuning import (
@@ -176,7 +176,9 @@ def run(cfg, backend):
     """
     began = time.monotonic()
     # A mistyped path should not wait for 18 GB of weights.
-    sources.names(cfg.data.train)
+    for split in ("train", "eval"):
+        if spec := examples.spec(cfg.data, split):
+            sources.names(spec)
     folder = run_folder.RunFolder(cfg.run_dir)
     with folder.locked():
         loaded = presets.open(cfg, full=not cfg.lora.rank)
