@@ -48,7 +48,8 @@ def help_text(doc):
         shown = str(default).lower() if type(default) is bool else default
         choices = field.metadata["choices"]
         more = f" [{'|'.join(choices)}]" if choices else ""
-        lines += [f"  --{path}={shown}", f"      {field.metadata['help']}{more}"]
+        lines += [f"  --{path}={shown}"]
+        lines += [f"      {field.metadata['help']}{more}"]
     return "\n".join(lines)
 
 

@@ -178,12 +178,10 @@ class Generate:
 class Config:
     preset: str = setting(
         EMBEDDED_PRESET,
-        "a KerasHub preset (gemma2_2b_en, gemma2_9b_en, ...), a folder in Keras "
-        "preset or Hugging Face format, hf://owner/name or kaggle://...",
+        "a KerasHub preset (gemma2_2b_en, gemma2_9b_en, ...), a folder in "
+        "Keras preset or Hugging Face format, hf://owner/name or kaggle://...",
     )
-    backend: str = setting(
-        "auto", "Keras backend", ("auto",) + BACKENDS
-    )
+    backend: str = setting("auto", "Keras backend", ("auto",) + BACKENDS)
     run_dir: str = setting("runs/default", "folder of everything a run writes")
     seed: int = setting(0, "of the adapters, the order of the data, sampling")
     resume: bool = setting(True, "continue an interrupted run_dir")

@@ -77,7 +77,7 @@ class Generator:
         Args:
             prompts: lists of token ids.
             batch_size: rows at once.
-            on_token: called with (prompt number, id) as soon as a token is chosen.
+            on_token: called with (prompt number, id) as a token is chosen.
             limit: longest completion; the settings' by default.
 
         Returns:

@@ -2,8 +2,8 @@
 
 `checkpoints/<step>/` holds `state.safetensors` (what is trained, the
 optimizer, the seeds) and `state.json` (step, counts, the former's length, and
-a sha256 over both). The data position is the step: the order of the rows is a pure
-function of (seed, step).
+a sha256 over both). The data position is the step: the order of the rows is a
+pure function of (seed, step).
 """
 
 import hashlib

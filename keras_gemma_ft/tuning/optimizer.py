@@ -76,7 +76,9 @@ def build(train, variables, *, steps, warmup, accumulation, float16):
         "name": train.optimizer,
         "learning_rate": schedule,
         "global_clipnorm": train.clip_norm or None,
-        "gradient_accumulation_steps": accumulation if accumulation > 1 else None,
+        "gradient_accumulation_steps": (
+            accumulation if accumulation > 1 else None
+        ),
     }
     # AdamW decays by default (0.004): say 0 where the user says nothing.
     settings["weight_decay"] = train.weight_decay or (
