@@ -5,7 +5,8 @@ things twice; a few million tokens of old novels hold almost none of it, and a
 model of them cannot copy a number from its prompt. These exercises are a fifth
 of the embedded model's pre-training text, and the whole of a short second
 stage in Gemma's turns, without which `<end_of_turn>` is a piece that the model
-never saw. They share no sentence and no record layout with the demo task.
+never saw. They share no sentence and no record layout with the demo task; the
+names of its fields are among the words here, as a real Gemma knows them too.
 
     python -m keras_gemma_ft.embedded.practice --output=runs/practice.jsonl
     python -m keras_gemma_ft.embedded.practice --turns --output=runs/turns.jsonl
