@@ -2,7 +2,7 @@
 
 import math
 
-from keras_gemma_ft import runtime
+from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import pipeline
 from keras_gemma_ft.inference import sampling
 
@@ -16,7 +16,7 @@ class Judge:
 
     Args:
         cfg: `config.Config`.
-        tuner: has `held_out_loss(batches, steps)` and `causal_lm`.
+        tuner: the `FineTuner`: its model, batch shape and held-out loss.
         tokenizer: `data.tokens.Tokenizer`.
         held_out: `data.pipeline.Prepared` to score on, or None.
         rows: the training rows, whose prompts are answered if held_out is
@@ -25,7 +25,6 @@ class Judge:
 
     def __init__(self, cfg, tuner, tokenizer, held_out, rows=None):
         self.tuner, self.tokenizer, self.held_out = tuner, tokenizer, held_out
-        self.batch_size = cfg.data.micro_batch_size or cfg.data.batch_size
         prompts = (held_out or rows).prompts
         sizes = [len(tokenizer.encode(p.reference)) for p in prompts]
         count = cfg.train.exact_match
@@ -37,17 +36,16 @@ class Judge:
         # Room for the end token, and for an answer that is a little longer.
         longest = max(sizes[: len(self.prompts)], default=0)
         self.limit = min(cfg.generate.max_new_tokens, longest + 8)
-        greedy = type(cfg.generate)()
+        # Greedy, whatever the command asks of its own completions.
         self.generator = sampling.Generator(
-            tuner.causal_lm, tokenizer, greedy
+            tuner.causal_lm, tokenizer, config.Generate()
         )
 
     def batches(self):
         """(held-out batches, how many): what `held_out_loss` takes."""
-        batches = pipeline.eval_batches(
-            self.held_out, batch_size=self.batch_size
-        )
-        return batches, pipeline.steps(self.held_out, self.batch_size)
+        rows, _ = self.tuner.batch_shape
+        batches = pipeline.eval_batches(self.held_out, batch_size=rows)
+        return batches, pipeline.steps(self.held_out, rows)
 
     def judge(self, when):
         """{"eval_loss", "perplexity", "exact_match", "answers"}.

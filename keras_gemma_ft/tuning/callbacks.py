@@ -41,7 +41,6 @@ class Clock(keras.callbacks.Callback):
         self.folder, self.tokens, self.steps = folder, tokens, steps
         self.seconds, self.losses = 0.0, []
         self.row_tokens = 0
-        self.start = start
         self.bar = tqdm.tqdm(
             total=steps,
             initial=start,
@@ -153,7 +152,6 @@ class Checkpoint(keras.callbacks.Callback):
         self.folder, self.every, self.steps = folder, every, steps
         self.keep, self.deadline, self.facts = keep, deadline, facts
         self.terminated = None  # the name of the signal that came
-        self.saved = None
         self.due = None
 
     def on_epoch_end(self, epoch, logs=None):
@@ -179,7 +177,6 @@ class Checkpoint(keras.callbacks.Callback):
             {"step": self.model.step, **self.facts()},
         )
         checkpoint.prune(self.folder.path, self.keep)
-        self.saved = self.model.step
 
 
 class StopOnNaN(keras.callbacks.Callback):

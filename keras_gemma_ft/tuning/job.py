@@ -44,11 +44,6 @@ class Job:
         """Optimizer steps of the warm-up."""
         return self.duration(self.cfg.train.warmup)
 
-    @property
-    def micro_batch_size(self):
-        """Rows in memory at once, all devices."""
-        return self.cfg.data.micro_batch_size or self.cfg.data.batch_size
-
     def fingerprints(self):
         """{split: name, bytes, sha256 and rows of each source}."""
         parts = {"train": self.rows, "eval": self.held_out}
@@ -63,7 +58,7 @@ class Job:
         return pipeline.train_batches(
             self.rows,
             batch_size=self.cfg.data.batch_size,
-            micro_batch_size=self.micro_batch_size,
+            micro_batch_size=self.cfg.data.micro_batch_size,
             seed=self.cfg.seed,
             start_step=start,
             steps=count,

@@ -1,4 +1,4 @@
-"""What a run minimises: one function for each method, one dict of them."""
+"""What a run minimises: one function for each method."""
 
 from keras import ops
 
@@ -29,6 +29,3 @@ def sft(backbone, hidden, y, sample_weight, *, chunk, table_trained):
         table_trained=table_trained,
     )
     return ops.sum(losses * ops.cast(sample_weight, "float32"))
-
-
-OBJECTIVES = {"sft": sft}

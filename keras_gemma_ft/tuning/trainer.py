@@ -31,7 +31,7 @@ class FineTuner(keras.Model):
 
     Args:
         causal_lm: with LoRA on, or with every weight trainable.
-        objective: a function of `objectives.OBJECTIVES`.
+        objective: a function such as `objectives.sft`.
         batch_shape: (rows of a micro-batch, tokens of a row); TensorFlow
             traces its data without them.
         accumulation: micro-batches an optimizer step.
@@ -233,7 +233,7 @@ def _train(cfg, folder, job, tuner, began, backend):
 
 def _stop(folder, tuner, summary):
     """Ends a run early: resumable, or refused where the loss is NaN."""
-    if "finite" in tuner.stopped:
+    if not math.isfinite(tuner.last_loss):
         raise config.UserError(
             f"{tuner.stopped} near step {tuner.step}. Try a lower "
             f"--train.learning_rate, or --model.dtype=float32. The last good "
