@@ -16,7 +16,7 @@ from keras import ops
 from keras_gemma_ft import config
 from keras_gemma_ft.formats import names
 from keras_gemma_ft.inference import sampling
-from keras_gemma_ft.model import forward, presets
+from keras_gemma_ft.model import forward, lora, presets
 
 ONE_SEGMENT = tiny.layout(tiny.T)
 
@@ -307,3 +307,36 @@ def test_float16_outgrows_65504(tmp_path):
     off = np.linalg.norm(got - want) / np.linalg.norm(want)
     print(f"float16: {off:.4f} off")
     assert off < 2e-2
+
+
+# --- one loop over the blocks --------------------------------------------------
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "jax", reason="the loop is JAX's own"
+)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("targets", ["all-linear", "value,ffw_linear"])
+def test_a_loop_over_the_blocks_is_the_blocks(folder, recompute, targets):
+    """Values and gradients; three blocks are a pair and one more."""
+    backbone = presets.load(str(folder)).causal_lm.backbone
+    settings = config.Lora(rank=3, targets=targets, dropout=0.2)
+    lora.enable(backbone, settings)
+    tiny.fill(backbone)
+    batch = (tiny.ids(2, tiny.T), *(np.tile(a, (2, 1)) for a in ONE_SEGMENT))
+    seed = keras.random.SeedGenerator(3).next()
+
+    def total(scan):
+        def run(*batch):
+            hidden = forward.hidden_states(
+                backbone, *batch, recompute=recompute, scan=scan, seed=seed
+            )
+            return ops.mean(ops.square(ops.cast(hidden, "float32")))
+
+        return tiny.differentiate(run, backbone.trainable_variables)(*batch)
+
+    (value, gots), (wanted, wants) = total(True), total(False)
+    tiny.close("value", value, wanted, rtol=1e-6)
+    for variable, got, want in zip(backbone.trainable_variables, gots, wants):
+        top = np.abs(want).max()
+        tiny.close(variable.path, got / top, want / top, atol=2e-5)

@@ -84,16 +84,26 @@ def test_project_is_the_dense_product(everywhere, alpha, rslora):
         x = rng.normal(size=(2, 5, *width)).astype("float32")
         product = np.einsum(multiply[style == "standard"], a, b)
         want = np.einsum(apply, x.astype("float64"), w + scale * product)
-        got = lora.project(
-            backbone,
-            block,
-            target,
-            ops.convert_to_tensor(x),
-            kernel=dense._kernel.value,
+        (got,) = lora.project(
+            backbone, block, [target], ops.reshape(x, (2, 5, -1))
         )
-        got = ops.convert_to_numpy(got)
+        got = ops.convert_to_numpy(got).reshape(want.shape)
         tiny.close(target, got, want, atol=1e-5, rtol=1e-5)
     backbone.lora = before
+
+
+def test_targets_of_one_input_are_projected_together(everywhere):
+    _, backbone = everywhere
+    block = backbone.transformer_layers[2]
+    x = ops.convert_to_tensor(
+        np.random.default_rng(1).normal(size=(2, 5, 40)).astype("float32")
+    )
+    for names in (["query", "key", "value"], ["ffw_gating", "ffw_gating_2"]):
+        together = lora.project(backbone, block, names, x)
+        for name, got in zip(names, together):
+            (want,) = lora.project(backbone, block, [name], x)
+            got, want = map(ops.convert_to_numpy, (got, want))
+            tiny.close(name, got, want, atol=1e-5, rtol=1e-5)
 
 
 def test_adapters_alone_are_trained(everywhere):
@@ -227,19 +237,16 @@ def test_dropout_rate_and_scale(dropping):
     pair = dense.lora_kernel_a, dense.lora_kernel_b
     before = [ops.convert_to_numpy(v.value) for v in pair]
     # x A B is then feature 0 of x, in every output; W is taken as 0.
-    a, b = (np.zeros(v.shape) for v in pair)
+    pair = *pair, dense._kernel
+    before.append(ops.convert_to_numpy(dense._kernel.value))
+    a, b, w = (np.zeros(v.shape) for v in pair)
     a[0, 0], b[0] = 1.0, 1.0
-    for variable, value in zip(pair, (a, b)):
+    for variable, value in zip(pair, (a, b, w)):
         variable.assign(value)
 
     def kept(seed):
-        delta = lora.project(
-            dropping,
-            block,
-            "ffw_linear",
-            ops.ones((64, 64, 56)),
-            kernel=ops.zeros(dense._kernel.shape),
-            seed=seed,
+        (delta,) = lora.project(
+            dropping, block, ["ffw_linear"], ops.ones((64, 64, 56)), seed=seed
         )
         return ops.convert_to_numpy(delta)[..., 0]
 

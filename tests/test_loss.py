@@ -64,7 +64,8 @@ def value_and_gradients(data, wanted, **settings):
 
     def function():
         losses = loss.token_loss(
-            variables["hidden"].value,
+            # A tensor, as a forward pass gives it, not TensorFlow's variable.
+            variables["hidden"].value * 1.0,
             variables["table"].value,
             ops.convert_to_tensor(y),
             **settings,
@@ -116,6 +117,52 @@ def test_gradients(data, cap, chunk, table_trained):
     assert not gots[0][1, 2:5].any()
 
 
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_tokens_of_no_weight_are_left_out(data, chunk):
+    hidden, table, y, weight = data
+    want = np.where(weight != 0, by_definition(hidden, table, y, 30.0), 0.0)
+
+    def function(hidden, table, y, weight):
+        return loss.token_loss(hidden, table, y, weight, cap=30.0, chunk=chunk)
+
+    got = tiny.compute(function, hidden, table, y, weight)
+    tiny.close("losses", got, want, atol=2e-5, rtol=1e-6)
+    nothing = tiny.compute(function, hidden, table, y, 0 * weight)
+    np.testing.assert_array_equal(nothing, 0.0)
+    # Their hidden states are not even looked at.
+    hidden = np.where(weight[..., None] != 0, hidden, np.nan)
+    if (weight == 0).sum(1).min() >= chunk > 0:
+        blind = tiny.compute(function, hidden, table, y, weight)
+        np.testing.assert_array_equal(blind[weight != 0], got[weight != 0])
+
+
+@pytest.mark.parametrize("chunk", [0, 4, 7])
+def test_gradients_of_weighted_tokens(data, chunk):
+    losses, want, _ = by_torch(*data, 30.0)
+    weight = ops.convert_to_tensor(data[3])
+    value, (got,) = value_and_gradients(
+        data, ["hidden"], cap=30.0, chunk=chunk, weight=weight
+    )
+    tiny.close("value", value, (losses * data[3]).sum(), rtol=1e-6)
+    scale = np.abs(want).max()
+    tiny.close("hidden", got / scale, want / scale, atol=2e-6)
+
+
+def test_without_gradient_the_losses_are_the_same(data):
+    hidden, table, y, weight = data
+
+    def function(hidden, table, y, weight):
+        return [
+            loss.token_loss(
+                hidden, table, y, weight, cap=30.0, chunk=4, training=training
+            )
+            for training in (False, True)
+        ]
+
+    plain, trained = tiny.compute(function, hidden, table, y, weight)
+    tiny.close("losses", plain, trained, atol=2e-6)
+
+
 def test_frozen_table_gets_no_gradient(data):
     """dh is right without it, and asking for it finds nothing."""
     if keras.config.backend() == "jax":
@@ -156,11 +203,11 @@ def test_16_bit_hidden_states(data, table_trained):
 
 
 def test_chunk_size():
-    # 128 MiB of float32 logits of 256,000 words are 131 tokens.
-    assert loss.chunk_size(4096, 256_000) == 131
-    assert loss.chunk_size(100, 256_000) == 100
-    assert loss.chunk_size(4096, 256_000, 512) == 512
-    assert loss.chunk_size(64, 10**9) == 1
+    # 24 MiB of float32 logits of 32,768 words are 192 tokens.
+    assert loss.chunk_size(4096, 32_768) == 192
+    assert loss.chunk_size(100, 32_768) == 100
+    assert loss.chunk_size(4096, 32_768, 512) == 512
+    assert loss.chunk_size(4096, 256_000) == 64
 
 
 def sizes(jaxpr):

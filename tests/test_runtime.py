@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
 
@@ -244,3 +245,63 @@ def test_start_decides_before_keras_and_only_then():
     assert lines[-1] == (
         "AssertionError: runtime.start must come before `import keras`"
     )
+
+
+# --- memory of a CPU run ------------------------------------------------------
+
+
+@pytest.fixture
+def cpu(monkeypatch):
+    """A machine with glibc and no accelerator, nothing set by the user."""
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.setattr(runtime, "tpu", lambda: False)
+    monkeypatch.setattr(runtime, "cuda", lambda: False)
+    monkeypatch.setattr(
+        runtime.platform, "libc_ver", lambda: ("glibc", "2.36")
+    )
+    return monkeypatch
+
+
+def test_glibc_keeps_the_memory_of_a_cpu_run(cpu):
+    settings = runtime.allocator()["GLIBC_TUNABLES"].split(":")
+    assert "glibc.malloc.mmap_max=0" in settings
+    assert "glibc.malloc.hugetlb=1" in settings
+
+
+def test_the_allocator_is_left_alone_elsewhere(cpu):
+    cpu.setattr(runtime, "cuda", lambda: True)
+    assert runtime.allocator() == {}
+    cpu.setattr(runtime, "cuda", lambda: False)
+    cpu.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
+    assert runtime.allocator() == {}
+    cpu.delenv("GLIBC_TUNABLES")
+    cpu.setattr(runtime.platform, "libc_ver", lambda: ("", ""))
+    assert runtime.allocator() == {}
+
+
+@pytest.mark.parametrize(
+    "spec,again", [("keras_gemma_ft.train", True), ("pytest", False)]
+)
+def test_only_a_verb_is_started_again(cpu, spec, again):
+    started = []
+    main = types.SimpleNamespace(__spec__=types.SimpleNamespace(name=spec))
+    cpu.setitem(sys.modules, "__main__", main)
+    cpu.setattr(runtime.os, "execv", lambda *args: started.append(args))
+    cpu.setattr(runtime.os, "environ", {})
+    runtime._restart(runtime.allocator())
+    assert started == ([(sys.executable, sys.orig_argv)] if again else [])
+    assert ("GLIBC_TUNABLES" in runtime.os.environ) == again
+
+
+def test_jax_keeps_its_programs(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code = (
+        "import os\n"
+        "from keras_gemma_ft import config, runtime\n"
+        "runtime.start(config.Config(backend='jax'))\n"
+        "print(os.environ['JAX_COMPILATION_CACHE_DIR'])\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True
+    )
+    assert found.stdout.strip() == str(tmp_path / "keras_gemma_ft" / "jax")

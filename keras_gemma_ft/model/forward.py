@@ -14,10 +14,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gemma_ft.model import lora, quantize
-
-# exp(-1e30) is 0 in float32, and unlike -inf it never makes a NaN.
-_MASKED = -1e30
+from keras_gemma_ft.model import attention, kernels, lora, quantize
+from keras_gemma_ft.model import scan as scanned
 
 
 def hidden_states(
@@ -27,6 +25,7 @@ def hidden_states(
     positions,
     *,
     recompute=False,
+    scan=False,
     seed=None,
     cache=None,
 ):
@@ -39,6 +38,7 @@ def hidden_states(
             is segment 0 and attends to itself, so that no row is empty.
         positions: int [B, T], for the rotary embedding.
         recompute: keep only each block's input for the backward pass.
+        scan: JAX only: one loop over the blocks; see `scan.py`.
         seed: uint32 [2] for dropout; None is no dropout.
         cache: `new_cache(...)` when decoding.
 
@@ -53,18 +53,18 @@ def hidden_states(
     x = ops.cast(x, residual) * ops.cast(root, residual)
     rope = _rotary(positions, backbone.head_dim)
     if cache is None:
-        masks = _masks(backbone, segment_ids, segment_ids, 0)
-        for i, block in enumerate(backbone.transformer_layers):
-            run = functools.partial(
-                _block, backbone, block, masks, rope, _fold(backbone, seed, i)
-            )
-            x = keras.remat(run)(x) if recompute else run(x)
+        look = _look(backbone, segment_ids)
+        run = functools.partial(_block, backbone, look, rope)
+        loop = scan and keras.config.backend() == "jax"
+        blocks = scanned.blocks if loop else _unrolled
+        seeds = _seeds(backbone, seed)
+        x = blocks(run, backbone.transformer_layers, seeds, x, recompute)
     else:
-        cache, masks = _extend(backbone, cache, segment_ids)
+        cache, look = _extend(backbone, cache, segment_ids)
         layers = []
         for i, block in enumerate(backbone.transformer_layers):
             x, pair = _block(
-                backbone, block, masks, rope, None, x, cache["layers"][i],
+                backbone, look, rope, block, None, x, cache["layers"][i],
                 cache["index"],
             )
             layers.append(pair)
@@ -78,12 +78,7 @@ def logits(backbone, hidden):
     """Soft-capped float32 logits [..., V] of hidden states [..., d]."""
     table = ops.cast(quantize.embedding(backbone), hidden.dtype)
     z = ops.cast(ops.matmul(hidden, ops.transpose(table)), "float32")
-    return soft_cap(z, backbone.final_logit_soft_cap)
-
-
-def soft_cap(x, cap):
-    """cap * tanh(x / cap); x where there is no cap."""
-    return x if cap is None else cap * ops.tanh(x / cap)
+    return kernels.soft_cap(z, backbone.final_logit_soft_cap)
 
 
 def residual_dtype(backbone):
@@ -107,8 +102,8 @@ def new_cache(backbone, batch_size, slots):
     """An empty key/value cache for `slots` tokens a row."""
     shape = (
         batch_size,
-        slots,
         backbone.num_key_value_heads,
+        slots,
         backbone.head_dim,
     )
     dtype = backbone.compute_dtype
@@ -123,118 +118,134 @@ def new_cache(backbone, batch_size, slots):
 
 
 def _extend(backbone, cache, segment_ids):
-    """The cache with the new tokens' segments, and the masks over it."""
+    """The cache with the new tokens' segments, and how to look at it."""
     index = cache["index"]
     segments = ops.slice_update(
         cache["segment_ids"], (0, index), ops.cast(segment_ids, "int32")
     )
     masks = _masks(backbone, segment_ids, segments, index)
-    return {**cache, "segment_ids": segments}, masks
+    cap = backbone.attention_logit_soft_cap
+    look = {
+        kind: lambda q, k, v, mask=mask: attention.attend(q, k, v, mask, cap)
+        for kind, mask in masks.items()
+    }
+    return {**cache, "segment_ids": segments}, look
 
 
-def _fold(backbone, seed, i):
-    """The seed of block i, which no other block, target or step has."""
+def _seeds(backbone, seed):
+    """Integers [layers, 2]: a seed that no other block, target or step has."""
     if seed is None:
         return None
+    layers = backbone.num_layers
     # A step adds 1 to the second word, a target 0..6, so blocks go by 8.
-    room = ops.convert_to_tensor([1, 8 * backbone.num_layers], seed.dtype)
-    return seed * room + ops.convert_to_tensor([0, 8 * i], seed.dtype)
+    room = ops.convert_to_tensor([1, 8 * layers], seed.dtype)
+    own = np.stack([np.zeros(layers), 8 * np.arange(layers)], 1)
+    return seed * room + ops.convert_to_tensor(own, seed.dtype)
+
+
+def _look(backbone, segment_ids):
+    """{block.use_sliding_window_attention: function of (q, k, v)}."""
+    windows = _windows(backbone)
+    cap = backbone.attention_logit_soft_cap
+    if segment_ids.shape[1] > attention.BLOCK:
+        starts = attention.reach(segment_ids)
+        return {
+            kind: lambda q, k, v, window=window: attention.attend_in_blocks(
+                q, k, v, segment_ids, starts, cap, window
+            )
+            for kind, window in windows.items()
+        }
+    masks = _masks(backbone, segment_ids, segment_ids, 0)
+    return {
+        kind: lambda q, k, v, mask=mask: attention.attend(q, k, v, mask, cap)
+        for kind, mask in masks.items()
+    }
+
+
+def _windows(backbone):
+    """{block.use_sliding_window_attention: window}; None is none."""
+    window = backbone.sliding_window_size
+    window = window if backbone.use_sliding_window_attention else None
+    return {True: window, False: None}
 
 
 def _masks(backbone, query_segments, key_segments, index):
-    """Boolean [B, 1, 1, T, S]: (window layers', global layers')."""
-    t, s = query_segments.shape[1], key_segments.shape[1]
-    q = index + ops.arange(t, dtype="int32")[:, None]
-    k = ops.arange(s, dtype="int32")[None, :]
-    same = ops.equal(query_segments[:, :, None], key_segments[:, None, :])
-    mask = ops.logical_and(same, k <= q)
-    window = mask
-    if backbone.use_sliding_window_attention:
-        near = q - k < backbone.sliding_window_size
-        window = ops.logical_and(mask, near)
-    return window[:, None, None], mask[:, None, None]
+    """{block.use_sliding_window_attention: mask}."""
+    return {
+        kind: attention.allowed(
+            query_segments, key_segments, index, 0, window
+        )
+        for kind, window in _windows(backbone).items()
+    }
 
 
 def _rotary(positions, head_dim):
-    """float32 (cos, sin), each [B, T, 1, h/2] (arXiv 2104.09864)."""
+    """float32 (cos, sin), each [B, 1, T, h/2] (arXiv 2104.09864)."""
     fraction = np.arange(0, head_dim, 2, dtype="float32") / head_dim
     wavelength = ops.convert_to_tensor(10_000.0**fraction, "float32")
     angle = ops.cast(positions, "float32")[..., None] / wavelength
-    angle = angle[:, :, None, :]
-    return ops.cos(angle), ops.sin(angle)
+    angle = angle[:, None]
+    return kernels.barrier(ops.cos(angle)), kernels.barrier(ops.sin(angle))
 
 
-def _rotate(x, rope):
-    """x [B, T, heads, h] turned by its position, in float32, x's dtype."""
+def _heads(x, heads, rope=None, scale=1.0):
+    """x [B, T, heads * h] -> [B, heads, T, h], turned by its position.
+
+    The rotation is float32, the result of x's dtype.
+    """
+    x = ops.reshape(x, (-1, x.shape[1], heads, x.shape[-1] // heads))
+    x = ops.transpose(x, (0, 2, 1, 3))
+    if rope is None:
+        return x
     cos, sin = rope
     first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
     turned = ops.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
     )
-    return ops.cast(turned, x.dtype)
+    return ops.cast(turned if scale == 1.0 else turned * scale, x.dtype)
 
 
 def _norm(x, norm, dtype):
-    """RMSNorm times (1 + scale) in float32, cast to `dtype`."""
-    x = ops.cast(x, "float32")
-    variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
-    x = x * ops.rsqrt(variance + norm.epsilon)
-    return ops.cast(x * (1.0 + ops.cast(norm.scale, "float32")), dtype)
+    return kernels.norm(x, norm.scale, norm.epsilon, dtype)
 
 
-def _block(backbone, block, masks, rope, seed, x, cache=None, index=None):
+def _unrolled(run, blocks, seeds, x, recompute):
+    """Every block after the one before it."""
+    for i, block in enumerate(blocks):
+        seed = None if seeds is None else seeds[i]
+        one = functools.partial(run, block, seed)
+        x = keras.remat(one)(x) if recompute else one(x)
+    return x
+
+
+def _block(backbone, look, rope, block, seed, x, cache=None, index=None):
     """One decoder block: x [B, T, d] -> x, or (x, (keys, values))."""
     compute, residual = backbone.compute_dtype, residual_dtype(backbone)
 
-    def project(target, inputs):
-        kernel = quantize.kernel(
-            backbone, lora.layer(block, target), compute
-        )
+    def project(inputs, *targets):
         inputs = ops.cast(inputs, compute)
-        return lora.project(
-            backbone, block, target, inputs, kernel=kernel, seed=seed
-        )
+        return lora.project(backbone, block, targets, inputs, seed=seed)
 
     def post(norm, value):
-        name = f"use_{norm}"
-        if getattr(block, name):
+        if getattr(block, f"use_{norm}"):
             return _norm(value, getattr(block, norm), residual)
         return ops.cast(value, residual)
 
     normed = _norm(x, block.pre_attention_norm, compute)
-    q = _rotate(project("query", normed), rope)
-    k = _rotate(project("key", normed), rope)
-    v = project("value", normed)
+    q, k, v = project(normed, "query", "key", "value")
+    heads = backbone.num_key_value_heads
+    q = _heads(q, backbone.num_query_heads, rope, query_scale(backbone))
+    k, v = _heads(k, heads, rope), _heads(v, heads)
     if cache is not None:
-        k = ops.slice_update(cache[0], (0, index, 0, 0), k)
-        v = ops.slice_update(cache[1], (0, index, 0, 0), v)
-    mask = masks[0 if block.use_sliding_window_attention else 1]
-    attended = _attention(backbone, q, k, v, mask)
-    attended = project("attention_output", attended)
+        k = ops.slice_update(cache[0], (0, 0, index, 0), k)
+        v = ops.slice_update(cache[1], (0, 0, index, 0), v)
+    out = look[block.use_sliding_window_attention](q, k, v)
+    out = ops.transpose(out, (0, 2, 1, 3))
+    out = ops.reshape(out, (-1, x.shape[1], out.shape[2] * out.shape[3]))
+    (attended,) = project(out, "attention_output")
     x = x + post("post_attention_norm", attended)
     normed = _norm(x, block.pre_ffw_norm, compute)
-    gate = keras.activations.gelu(
-        project("ffw_gating", normed), approximate=True
-    )
-    up = project("ffw_gating_2", normed)
-    x = x + post("post_ffw_norm", project("ffw_linear", gate * up))
+    gate, up = project(normed, "ffw_gating", "ffw_gating_2")
+    (down,) = project(kernels.gated(gate, up), "ffw_linear")
+    x = x + post("post_ffw_norm", down)
     return x if cache is None else (x, (k, v))
-
-
-def _attention(backbone, q, k, v, mask):
-    """Soft-capped grouped attention: q [B, T, n, h] -> [B, T, n, h].
-
-    The cap comes before the mask, the softmax is float32.
-    """
-    batch, t, n, h = q.shape
-    kv = k.shape[2]
-    q = q * ops.cast(query_scale(backbone), q.dtype)
-    q = ops.reshape(q, (-1, t, kv, n // kv, h))
-    scores = ops.cast(ops.einsum("btkgh,bskh->bkgts", q, k), "float32")
-    scores = soft_cap(scores, backbone.attention_logit_soft_cap)
-    scores = ops.where(mask, scores, _MASKED)
-    weights = ops.cast(ops.softmax(scores, axis=-1), v.dtype)
-    out = ops.einsum("bkgts,bskh->btkgh", weights, v)
-    return ops.reshape(out, (-1, t, n, h))
-
-

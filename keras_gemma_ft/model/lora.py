@@ -14,12 +14,8 @@ from keras import ops
 
 from keras_gemma_ft import config
 from keras_gemma_ft.formats import adapters
+from keras_gemma_ft.model import kernels, quantize
 
-# x A and (x A) B for each kind of layer. `attention_output` sees "btnh".
-_KERAS_HEADS = ("btd,ndr->btnr", "btnr,rh->btnh")
-_STANDARD_HEADS = ("btd,dr->btr", "btr,rnh->btnh")
-_OUTPUT = ("btnh,nhr->btr", "btr,rd->btd")
-_DENSE = ("btd,dr->btr", "btr,rf->btf")
 _HEADS = ("query", "key", "value")
 
 
@@ -205,37 +201,74 @@ class _Seed(keras.random.SeedGenerator):
         return self.value
 
 
-def project(backbone, block, target, x, *, kernel, seed=None):
-    """x W, plus the adapter's s (x A) B where `target` is adapted.
+def project(backbone, block, targets, x, *, seed=None):
+    """x W, plus the adapter's s (x A) B, for targets that read the same x.
+
+    Their A stand side by side in one product: a rank-8 product costs a pass
+    over x, however narrow it is.
 
     Args:
-        backbone: the model; tells scale, style and dropout.
+        backbone: the model; tells scale, style, dropout and compute dtype.
         block: the decoder block.
-        target: KerasHub layer name.
-        x: [B, T, d], [B, T, f], or [B, T, n, h] for `attention_output`.
-        kernel: W in x's dtype.
+        targets: KerasHub layer names.
+        x: [B, T, d] or [B, T, f] or, for `attention_output`, [B, T, n * h].
         seed: uint32 [2], the step's and block's seed; None is no dropout.
 
     Returns:
-        [B, T, n, h] for query, key, value; else [B, T, d] or [B, T, f].
+        A list: [B, T, n * h] for query, key and value, else [B, T, d] or
+        [B, T, f].
     """
-    dense = layer(block, target)
-    y = ops.einsum(dense.equation, x, kernel)
     settings = getattr(backbone, "lora", None)
-    if settings is None or target not in config.targets(settings):
-        return y
-    if seed is not None and settings.dropout:
+    names = config.targets(settings) if settings else ()
+    # Flat matrices: einsum would transpose the weights for each product.
+    shape = (-1, *x.shape[1:-1])
+    x = kernels.barrier(ops.reshape(x, (-1, x.shape[-1])))
+    adapted = [name for name in targets if name in names]
+    low = dict(zip(adapted, _low(backbone, block, adapted, x, seed)))
+    outputs = []
+    for name in targets:
+        dense = layer(block, name)
+        kernel = quantize.kernel(backbone, dense, x.dtype)
+        y = kernels.matmul(x, _flat(name, kernel))
+        if name in low:
+            b = ops.cast(dense.lora_kernel_b, x.dtype)
+            b = ops.reshape(b, (b.shape[0], -1))
+            # [B T, r] or, with an A for each head, [B T n, r].
+            u = ops.reshape(low[name], (-1, b.shape[0]))
+            delta = kernels.matmul(u, ops.cast(scale(backbone), b.dtype) * b)
+            y = y + ops.reshape(delta, (-1, y.shape[-1]))
+        outputs.append(ops.reshape(kernels.barrier(y), (*shape, y.shape[-1])))
+    return outputs
+
+
+def _flat(target, kernel):
+    """A kernel, or an A, as the matrix [in, out] that x is multiplied by."""
+    if target in _HEADS and len(kernel.shape) == 3:  # [n, d, h]
+        kernel = ops.transpose(kernel, (1, 0, 2))
+        return ops.reshape(kernel, (kernel.shape[0], -1))
+    return ops.reshape(kernel, (-1, kernel.shape[-1]))
+
+
+def _low(backbone, block, targets, x, seed):
+    """x A of every target: each [B T, r] or [B T, n r]."""
+    matrices = [
+        _flat(name, ops.cast(layer(block, name).lora_kernel_a, x.dtype))
+        for name in targets
+    ]
+    if seed is not None and backbone.lora.dropout:
         # Each target its own mask, as PEFT has.
-        own = seed + ops.convert_to_tensor(
-            [0, config.TARGETS.index(target)], seed.dtype
-        )
-        x = keras.random.dropout(x, settings.dropout, seed=_Seed(own))
-    if target in _HEADS:
-        keras_style = settings.style == "keras"
-        into, out = _KERAS_HEADS if keras_style else _STANDARD_HEADS
-    else:
-        into, out = _OUTPUT if target == "attention_output" else _DENSE
-    a = ops.cast(dense.lora_kernel_a, x.dtype)
-    b = ops.cast(dense.lora_kernel_b, x.dtype)
-    delta = ops.einsum(out, ops.einsum(into, x, a), b)
-    return y + ops.cast(scale(backbone), y.dtype) * delta
+        for name, matrix in zip(targets, matrices):
+            own = seed + ops.convert_to_tensor(
+                [0, config.TARGETS.index(name)], seed.dtype
+            )
+            rate = backbone.lora.dropout
+            dropped = keras.random.dropout(x, rate, seed=_Seed(own))
+            yield kernels.matmul(dropped, matrix)
+    elif len(targets) > 1:
+        together = kernels.matmul(x, ops.concatenate(matrices, -1))
+        at = 0
+        for matrix in matrices:
+            yield together[:, at : at + matrix.shape[-1]]
+            at += matrix.shape[-1]
+    elif targets:
+        yield kernels.matmul(x, matrices[0])

@@ -5,7 +5,16 @@ from keras import ops
 from keras_gemma_ft.tuning import loss
 
 
-def sft(backbone, hidden, y, sample_weight, *, chunk, table_trained):
+def sft(
+    backbone,
+    hidden,
+    y,
+    sample_weight,
+    *,
+    chunk,
+    table_trained,
+    training=True,
+):
     """Token-weighted cross-entropy (supervised fine-tuning).
 
     Args:
@@ -16,6 +25,7 @@ def sft(backbone, hidden, y, sample_weight, *, chunk, table_trained):
             the mean over an optimizer step's micro-batches is the token mean.
         chunk: tokens whose logits exist at once; 0 picks by memory.
         table_trained: whether the table needs a gradient.
+        training: whether anything needs a gradient.
 
     Returns:
         float32 scalar.
@@ -24,8 +34,10 @@ def sft(backbone, hidden, y, sample_weight, *, chunk, table_trained):
         hidden,
         backbone.token_embedding.embeddings,
         y,
+        sample_weight,
         cap=backbone.final_logit_soft_cap,
         chunk=chunk,
         table_trained=table_trained,
+        training=training,
     )
     return ops.sum(losses * ops.cast(sample_weight, "float32"))

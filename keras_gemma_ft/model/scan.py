@@ -1,0 +1,78 @@
+"""The decoder's blocks as one loop, so that compiling does not grow with depth.
+
+JAX only. 42 unrolled, recomputed blocks take XLA more than 20 GB of a host's
+memory to compile for a TPU; as a loop 2 GB. The loop's body holds as many
+blocks as kinds alternate (window, global). Weights stay the variables they
+are: a `switch` picks those of a turn, which costs a copy of one body's weights,
+where stacking them would copy all. Adapters and norms are small and stacked.
+"""
+
+import keras
+from keras import ops
+
+
+def blocks(run, layers, seeds, x, recompute):
+    """x through every block.
+
+    Args:
+        run: function of (block, seed, x) -> x that reads the block's
+            variables.
+        layers: the decoder blocks, of one shape.
+        seeds: [layers, 2] of dropout, or None.
+        x: [B, T, d].
+        recompute: keep only a body's input for the backward pass.
+    """
+    import jax
+
+    kinds = [layer.use_sliding_window_attention for layer in layers]
+    size = 2 if kinds[0] != kinds[-1] or len(set(kinds)) > 1 else 1
+    turns = len(layers) // size
+    bodies = [layers[i * size : (i + 1) * size] for i in range(turns)]
+    values = [[v for layer in body for v in layer.variables] for body in bodies]
+    template = values[0]
+    # What is trained must be stacked: its gradient comes back the same way.
+    stacked = [v.trainable or len(v.shape) < 2 for v in template]
+    whole = [
+        ops.stack([ops.convert_to_tensor(turn[i]) for turn in values])
+        for i, small in enumerate(stacked)
+        if small
+    ]
+    large = [
+        [ops.convert_to_tensor(v) for v, s in zip(turn, stacked) if not s]
+        for turn in values
+    ]
+
+    def body(x, turn):
+        number, small, seed = turn
+        picked = iter(_pick(number, large))
+        small = iter(small)
+        mapping = [
+            (v, next(small if s else picked))
+            for v, s in zip(template, stacked)
+        ]
+        with keras.StatelessScope(state_mapping=mapping):
+            for j, layer in enumerate(bodies[0]):
+                x = run(layer, None if seed is None else seed[j], x)
+        return x
+
+    step = jax.checkpoint(body) if recompute else body
+    some = None
+    if seeds is not None:
+        some = ops.reshape(seeds[: turns * size], (turns, size, -1))
+    turn = (ops.arange(turns), whole, some)
+    x, _ = jax.lax.scan(lambda x, turn: (step(x, turn), None), x, turn)
+    for i in range(turns * size, len(layers)):
+        seed = None if seeds is None else seeds[i]
+        one = lambda x: run(layers[i], seed, x)  # noqa: E731
+        x = (jax.checkpoint(one) if recompute else one)(x)
+    return x
+
+
+def _pick(number, turns):
+    """The arrays of turn `number`, copied; none of them is trained."""
+    import jax
+
+    turns = [[jax.lax.stop_gradient(v) for v in turn] for turn in turns]
+    if not turns[0]:
+        return []
+    return jax.lax.switch(number, [lambda turn=turn: turn for turn in turns])
