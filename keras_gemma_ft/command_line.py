@@ -194,6 +194,15 @@ def check(config):
         f"{max(1, data.batch_size // max(1, micro)) * max(1, micro)}"
         f" or --data.micro_batch_size=1.",
     )
+    refuse(
+        data.buckets < 1,
+        f"--data.buckets={data.buckets}: expected 1 or more. One length for "
+        f"every batch: --data.buckets=1.",
+    )
+    refuse(
+        not data.cache.strip(),
+        "--data.cache is empty; name a folder, or type --data.cache=none.",
+    )
     refuse(lora.rank < 0, f"--lora.rank={lora.rank}: expected 0 or more.")
     refuse(
         lora.rank == 0 and lora.targets,

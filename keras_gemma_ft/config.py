@@ -6,6 +6,8 @@ from its path: `Config.lora.rank` is `--lora.rank=16`.
 
 import dataclasses
 import difflib
+import os
+import pathlib
 import re
 
 EMBEDDED_PRESET = "gemma2_tiny_en"
@@ -72,6 +74,16 @@ class Data:
         0, "rows in memory at once; 0 is batch_size (no accumulation)"
     )
     pack: bool = setting(True, "put several examples into one row")
+    buckets: int = setting(
+        6,
+        "without packing: lengths that batches may have, at most; each is a "
+        "compilation of its own; 1 pads every row to the longest",
+    )
+    cache: str = setting(
+        "auto",
+        "folder that keeps tokenised, packed data; 'auto' is keras_gemma_ft/"
+        "data in $XDG_CACHE_HOME or ~/.cache, 'none' keeps nothing",
+    )
     bad_rows: int = setting(
         0, "how many unusable records may be skipped before stopping"
     )
@@ -126,7 +138,7 @@ class Train:
         0, "stop after this many evaluations without a better one; 0 is off"
     )
     loss_chunk: int = setting(
-        0, "tokens whose logits exist at once; 0 picks about 128 MB"
+        0, "tokens whose logits exist at once; 0 picks about 24 MB"
     )
     samples: int = setting(4, "prompts completed before and after")
     exact_match: int = setting(
@@ -155,6 +167,12 @@ class Model:
         "auto",
         "recompute each decoder block in the backward pass",
         ("auto", "none", "block"),
+    )
+    scan: str = setting(
+        "auto",
+        "JAX: compile one loop over the decoder blocks, not every block; auto "
+        "does so from 16 blocks on",
+        ("auto", "on", "off"),
     )
 
 
@@ -194,6 +212,20 @@ class Config:
     train: Train = dataclasses.field(default_factory=Train)
     model: Model = dataclasses.field(default_factory=Model)
     generate: Generate = dataclasses.field(default_factory=Generate)
+
+
+def cache_folder(name):
+    """Where this package keeps `name` for later runs; None without a home.
+
+    $XDG_CACHE_HOME or ~/.cache, as the XDG base directory specification has
+    it: a relative path there counts for nothing.
+    """
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(home):
+        home = os.path.expanduser("~/.cache")
+    if not os.path.isabs(home):
+        return None
+    return pathlib.Path(home) / "keras_gemma_ft" / name
 
 
 def walk(config, prefix=""):

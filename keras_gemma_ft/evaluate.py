@@ -30,13 +30,8 @@ def evaluate(cfg):
 
     def score(what):
         # LoRA changes which variables there are: a new tuner each time.
-        rows, _ = pipeline.micro_batches(
-            cfg.data.batch_size, cfg.data.micro_batch_size
-        )
         tuner = trainer.FineTuner(
-            loaded.causal_lm,
-            batch_shape=(rows, cfg.data.sequence_length),
-            chunk=cfg.train.loss_chunk,
+            loaded.causal_lm, chunk=cfg.train.loss_chunk
         )
         tuner.compile()
         judge = evaluation.Judge(cfg, tuner, loaded.tokenizer, held_out)

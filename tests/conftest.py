@@ -45,6 +45,18 @@ EVERYWHERE = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory):
+    """The suite's own cache: yours is neither read nor written.
+
+    Processes that a test starts inherit it.
+    """
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """The tiny model of `tiny.py` as a Hugging Face folder."""

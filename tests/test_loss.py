@@ -117,6 +117,17 @@ def test_gradients(data, cap, chunk, table_trained):
     assert not gots[0][1, 2:5].any()
 
 
+@pytest.mark.parametrize("words", [1, 5, 16])
+def test_blocks_of_words_are_the_whole_table(data, words, monkeypatch):
+    # The chunk is of 8 tokens; 19 words are no multiple of a block.
+    monkeypatch.setattr(loss, "_CHUNK_BYTES", 4 * 8 * words)
+    losses, want, _ = by_torch(*data, 30.0)
+    value, (got,) = value_and_gradients(data, ["hidden"], cap=30.0, chunk=8)
+    tiny.close("value", value, (losses * data[3]).sum(), rtol=1e-6)
+    scale = np.abs(want).max()
+    tiny.close("hidden", got / scale, want / scale, atol=2e-6)
+
+
 @pytest.mark.parametrize("chunk", [0, 4])
 def test_tokens_of_no_weight_are_left_out(data, chunk):
     hidden, table, y, weight = data
@@ -203,11 +214,13 @@ def test_16_bit_hidden_states(data, table_trained):
 
 
 def test_chunk_size():
-    # 24 MiB of float32 logits of 32,768 words are 192 tokens.
-    assert loss.chunk_size(4096, 32_768) == 192
-    assert loss.chunk_size(100, 32_768) == 100
-    assert loss.chunk_size(4096, 32_768, 512) == 512
-    assert loss.chunk_size(4096, 256_000) == 64
+    # 24 MiB of float32 logits of 16,384 words are 384 tokens.
+    assert loss.chunk_size(4096, 16_384) == 384
+    assert loss.chunk_size(100, 16_384) == 100
+    assert loss.chunk_size(4096, 16_384, 512) == 512
+    assert loss.chunk_size(4096, 256_000) == 256
+    assert loss.chunk_size(4096, 256_000, by_words=True) == 1024
+    assert loss.chunk_size(4096, 256_000, 512, by_words=True) == 512
 
 
 def sizes(jaxpr):

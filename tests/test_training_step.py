@@ -329,7 +329,7 @@ def recomputed_blocks(tuner, training):
         return remat(block)
 
     x = {
-        name: np.ones(tuner.batch_shape, "int32")
+        name: np.ones((ROWS, T), "int32")
         for name in ("token_ids", "segment_ids", "positions")
     }
     with pytest.MonkeyPatch.context() as patch:
@@ -409,7 +409,7 @@ def test_packed_rows_teach_what_separate_rows_teach(folder, records):
         backbone.trainable_variables, gradients, wanted_gradients
     ):
         assert np.abs(want).max() > 1e-4 * scale, variable.path
-        tiny.close(variable.path, got / scale, want / scale, atol=1e-5)
+        tiny.close(variable.path, got / scale, want / scale, atol=2e-5)
 
 
 # --- the three backends ------------------------------------------------------

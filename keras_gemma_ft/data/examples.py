@@ -9,17 +9,11 @@ import numpy as np
 
 from keras_gemma_ft.config import UserError
 from keras_gemma_ft.data import layouts, sources, templates, tokens
+from keras_gemma_ft.data.prepared import Prompt
 
 # Records rendered and tokenised at once: enough to keep every core busy.
 CHUNK = 1024
 SHOW_PROGRESS = 2000
-
-
-class Prompt(NamedTuple):
-    """prompt_ids: int32 [n], ready to be completed; reference: the answer."""
-
-    prompt_ids: np.ndarray
-    reference: str
 
 
 class Built(NamedTuple):
@@ -28,7 +22,8 @@ class Built(NamedTuple):
     Attributes:
         examples: list of `tokens.Example`.
         records: list of E record numbers, from 0 over all records read.
-        prompts: list of `Prompt`, one per kept record; empty for `text`.
+        prompts: list of `prepared.Prompt`, one per kept record; empty for
+            `text`.
         report: dict: split, format, sources, skipped and `tokens.Report`.
     """
 
@@ -38,26 +33,24 @@ class Built(NamedTuple):
     report: dict
 
 
-def build(data, tokenizer, split, seed):
+def build(found, data, tokenizer, split, seed):
     """Reads, renders, tokenises and cuts one split.
 
     Args:
+        found: what `sources.find` made of `spec(data, split)`.
         data: `config.Data`.
         tokenizer: `tokens.Tokenizer`.
         split: "train" or "eval".
         seed: decides a held-out share.
 
     Returns:
-        `Built`; None when `data.eval` names nothing to evaluate on.
+        `Built`.
 
     Raises:
         UserError: see `sources.read`, `layouts.recognise`, `templates.load`;
             or nothing is left to learn.
     """
-    chosen = _read(data, split, seed)
-    if chosen is None:
-        return None
-    everything, source, numbers = chosen
+    everything, source, numbers = _read(found, data, split, seed)
     layout = layouts.recognise(
         everything,
         format=data.format,
@@ -90,31 +83,31 @@ def build(data, tokenizer, split, seed):
     return built
 
 
-_SHARE = re.compile(r"\s*([\d.]+)\s*%\s*")
+def share(data):
+    """Percent of the training records that are held out; None is no share."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*%\s*", data.eval)
+    return float(match[1]) if match else None
 
 
 def spec(data, split):
-    """What `sources.read` is given for a split; None: nothing to evaluate on.
+    """What `sources.find` is given for a split; None: nothing to evaluate on.
 
     A share such as `5%` of the training records is read from them.
     """
-    if split == "train" or _SHARE.fullmatch(data.eval):
+    if split == "train" or share(data) is not None:
         return data.train
     if data.eval == "auto":
         return "demo:eval" if data.train in sources.DEMO else None
     return None if data.eval in ("none", "") else data.eval
 
 
-def _read(data, split, seed):
-    """`(records, report, numbers of the split)`, or None."""
-    found = spec(data, split)
-    if found is None:
-        return None
+def _read(found, data, split, seed):
+    """`(records, report, numbers of the split)`."""
     records, report = sources.read(found, bad_rows=data.bad_rows)
     numbers = np.arange(len(records))
-    share = _SHARE.fullmatch(data.eval)
-    if share:
-        held = round(len(records) * float(share[1]) / 100)
+    percent = share(data)
+    if percent is not None:
+        held = round(len(records) * percent / 100)
         if not 0 < held < len(records):
             raise UserError(
                 f"data.eval={data.eval!r} of {len(records)} records would "

@@ -8,91 +8,25 @@ A batch is Keras's `(x, y, sample_weight)`, for every objective:
     y                 int32   [B, T]  the next token of the same segment
     sample_weight     float32 [B, T]  0 where nothing is to be learned
 
-B rows of T tokens. Normalisation is decided here: an optimizer step of k
-micro-batches holds N learned tokens over all hosts, and its weights are k / N,
-so that the mean over its micro-batches of sum(loss * sample_weight) is the mean
-over its learned tokens. A step that learns nothing has weight 0 throughout.
+B rows of T tokens: `sequence_length` where rows are packed, else the shortest
+of a few lengths (`buckets`) that holds the micro-batch, over all hosts.
+Normalisation is decided here: an optimizer step of k micro-batches holds N
+learned tokens over all hosts, and its weights are k / N, so that the mean over
+its micro-batches of sum(loss * sample_weight) is the mean over its learned
+tokens. A step that learns nothing has weight 0 throughout.
 """
 
-import dataclasses
 import functools
 import math
 
 import numpy as np
 
 from keras_gemma_ft.config import UserError
-from keras_gemma_ft.data import examples, packing
+from keras_gemma_ft.data import buckets, cache, examples, packing, sources
+from keras_gemma_ft.data.prepared import Prepared, Ragged
 
 # Batches made ahead of the device.
 AHEAD = 4
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Prepared:
-    """Tokenised examples and the rows they are packed into.
-
-    Letters: N tokens and E examples in all, R rows of T.
-
-    Attributes:
-        token_ids: int32 [N], the examples one after another.
-        learn: bool [N], which of them are targets.
-        starts: int64 [E + 1], where each example begins.
-        records: int64 [E], the record each example is of, counted from 0 over
-            all records read.
-        rows: R lists of example numbers.
-        learned: int64 [R], learned tokens of each row.
-        sequence_length: T.
-        pad: the id that fills rows.
-        prompts: list of `examples.Prompt`, one per kept record; none for
-            `text`.
-        report: dict for the run's log: sources, format, counts, rows, padding.
-    """
-
-    token_ids: np.ndarray
-    learn: np.ndarray
-    starts: np.ndarray
-    records: np.ndarray
-    rows: list
-    learned: np.ndarray
-    sequence_length: int
-    pad: int
-    prompts: list
-    report: dict
-
-    def batch(self, rows):
-        """Row numbers -> `(x, y, weight)`, weight float32 0 or 1.
-
-        Args:
-            rows: [B] row numbers; -1 is an empty row.
-        """
-        shape = (len(rows), self.sequence_length)
-        token_ids = np.full(shape, self.pad, "int32")
-        y = np.full(shape, self.pad, "int32")
-        segment_ids = np.zeros(shape, "int32")
-        positions = np.zeros(shape, "int32")
-        weight = np.zeros(shape, "float32")
-        for b, row in enumerate(rows):
-            at = 0
-            for segment, e in enumerate(self.rows[row] if row >= 0 else (), 1):
-                start, stop = self.starts[e], self.starts[e + 1]
-                n = stop - start - 1
-                here = (b, slice(at, at + n))
-                token_ids[here] = self.token_ids[start : stop - 1]
-                y[here] = self.token_ids[start + 1 : stop]
-                weight[here] = self.learn[start + 1 : stop]
-                segment_ids[here] = segment
-                positions[here] = np.arange(n)
-                at += n
-        x = {
-            "token_ids": token_ids,
-            "segment_ids": segment_ids,
-            "positions": positions,
-        }
-        return x, y, weight
-
-    def records_of(self, rows):
-        """Row numbers -> the record numbers in each, for a log."""
-        return [[int(self.records[e]) for e in self.rows[r]] for r in rows]
 
 
 def prepare(data, tokenizer, split, seed):
@@ -119,27 +53,65 @@ def prepare(data, tokenizer, split, seed):
     if seed < 0:
         raise UserError(f"seed={seed}: expected 0 or more. Type --seed=0.")
     micro_batches(data.batch_size, data.micro_batch_size)
-    built = examples.build(data, tokenizer, split, seed)
-    if built is None:
+    spec = examples.spec(data, split)
+    if spec is None:
         return None
-    lengths = np.array([len(e.token_ids) - 1 for e in built.examples])
-    learned = np.array([e.learn[1:].sum() for e in built.examples])
+    found = sources.find(spec)
+    root = cache.folder(data.cache)
+    arrays, facts, origin = cache.through(
+        root and root / cache.key(found, data, tokenizer, split, seed),
+        lambda: _make(found, data, tokenizer, split, seed),
+        lambda: any(source.changed() for source in found),
+    )
+    lengths = arrays["lengths"]
+    widths = np.array([data.sequence_length])
+    if not data.pack:
+        widths = buckets.choose(lengths, data.buckets, data.sequence_length)
+    places = widths[np.searchsorted(widths, lengths)].sum()
+    return Prepared(
+        **arrays,
+        buckets=widths,
+        pad=tokenizer.pad,
+        report={**facts, "padding": float(1 - lengths.sum() / places)},
+        origin=origin,
+    )
+
+
+def _make(found, data, tokenizer, split, seed):
+    """(arrays of `Prepared`, its report without the padding)."""
+    built = examples.build(found, data, tokenizer, split, seed)
+    ids = Ragged.join([e.token_ids for e in built.examples], "int32")
+    learn = np.concatenate([e.learn for e in built.examples])
+    # The first token of an example is no target, and learned by none.
+    lengths = np.diff(ids.starts) - 1
+    learned = np.add.reduceat(learn, ids.starts[:-1], dtype="int64")
     rows = [[e] for e in range(len(lengths))]
     if data.pack:
         rows = packing.pack(lengths, data.sequence_length, seed)
-    padding = 1 - lengths.sum() / (len(rows) * data.sequence_length)
-    return Prepared(
-        token_ids=np.concatenate([e.token_ids for e in built.examples]),
-        learn=np.concatenate([e.learn for e in built.examples]),
-        starts=np.concatenate([[0], np.cumsum(lengths + 1)]),
-        records=np.array(built.records),
-        rows=rows,
-        learned=np.array([learned[row].sum() for row in rows]),
-        sequence_length=data.sequence_length,
-        pad=tokenizer.pad,
-        prompts=built.prompts,
-        report={**built.report, "rows": len(rows), "padding": float(padding)},
+    rows = Ragged.join(rows, "int64")
+    prompts = Ragged.join([p.prompt_ids for p in built.prompts], "int32")
+    answers = Ragged.join(
+        [
+            np.frombuffer(p.reference.encode("utf-8", "surrogatepass"), "uint8")
+            for p in built.prompts
+        ],
+        "uint8",
     )
+    arrays = {
+        "token_ids": ids.flat,
+        "learn": learn,
+        "starts": ids.starts,
+        "records": np.array(built.records, "int64"),
+        "members": rows.flat,
+        "row_starts": rows.starts,
+        "lengths": np.add.reduceat(lengths[rows.flat], rows.starts[:-1]),
+        "learned": np.add.reduceat(learned[rows.flat], rows.starts[:-1]),
+        "prompt_ids": prompts.flat,
+        "prompt_starts": prompts.starts,
+        "answers": answers.flat,
+        "answer_starts": answers.starts,
+    }
+    return arrays, {**built.report, "rows": len(rows)}
 
 
 def micro_batches(batch_size, micro_batch_size, hosts=1):
@@ -166,27 +138,41 @@ def micro_batches(batch_size, micro_batch_size, hosts=1):
 
 def steps(prepared, batch_size, epochs=1):
     """Optimizer steps that see every row `epochs` times; at least 1."""
-    return max(1, math.ceil(epochs * len(prepared.rows) / batch_size))
+    return max(1, math.ceil(epochs * len(prepared.lengths) / batch_size))
 
 
 @functools.lru_cache(maxsize=4)
-def _epoch(count, seed, epoch):
+def _epoch(prepared, size, seed, epoch):
     # Grain's own shuffle walks 2**16 places to order a small set: 2 ms a row
     # for 7 rows. A permutation per epoch is as pure and costs nothing.
-    return np.random.default_rng([seed, epoch]).permutation(count)
+    generator = np.random.default_rng([seed, epoch])
+    count = len(prepared.lengths)
+    order = generator.permutation(count)
+    if len(prepared.buckets) == 1:
+        return order
+    groups = np.searchsorted(prepared.buckets, prepared.lengths[order])
+    begun = -epoch * count % size
+    return buckets.arrange(order, groups, size, begun, generator)
 
 
-def rows_of_step(prepared, step, *, batch_size, seed):
+def rows_of_step(prepared, step, *, batch_size, micro_batch_size=0, seed):
     """The row numbers [batch_size] of optimizer step `step` (from 0).
 
-    Rows come in epochs, each in a new order; a step may straddle two.
+    Rows come in epochs, each in a new order; a step may straddle two. Where
+    there are several buckets, the rows of a micro-batch are of one, but where
+    a bucket's rows end; which micro-batches make a step is left to chance.
     """
-    count = len(prepared.rows)
+    size, _ = micro_batches(batch_size, micro_batch_size)
+    count = len(prepared.lengths)
     first, last = step * batch_size, (step + 1) * batch_size
-    epochs = range(first // count, (last - 1) // count + 1)
-    rows = np.concatenate([_epoch(count, seed, epoch) for epoch in epochs])
-    offset = first - epochs[0] * count
-    return rows[offset : offset + batch_size]
+    return np.concatenate(
+        [
+            _epoch(prepared, size, seed, epoch)[
+                max(0, first - epoch * count) : last - epoch * count
+            ]
+            for epoch in range(first // count, (last - 1) // count + 1)
+        ]
+    )
 
 
 def train_batches(
@@ -213,46 +199,60 @@ def train_batches(
 
     Returns:
         A `grain.IterDataset` of `(x, y, sample_weight)`, each
-        [micro_batch_size / hosts, T], for `keras.Model.fit`.
+        [micro_batch_size / hosts, T], for `tuning.feed.Feed`.
 
     Raises:
         UserError: the sizes do not divide.
     """
-    host, hosts = shard
-    size, parts = micro_batches(batch_size, micro_batch_size, hosts)
+    size, parts = micro_batches(batch_size, micro_batch_size, shard[1])
 
     def micro_batch(i):
         step, part = divmod(i, parts)
-        rows = rows_of_step(prepared, step, batch_size=batch_size, seed=seed)
-        total = prepared.learned[rows].sum()
-        first = part * size + host * size // hosts
-        x, y, weight = prepared.batch(rows[first : first + size // hosts])
-        return x, y, weight * np.float32(parts / max(total, 1))
+        rows = rows_of_step(
+            prepared,
+            step,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            seed=seed,
+        )
+        scale = np.float32(parts / max(prepared.learned[rows].sum(), 1))
+        rows = rows[part * size : (part + 1) * size]
+        x, y, weight = _share(prepared, rows, shard)
+        return x, y, weight * scale
 
     first, last = start_step * parts, (start_step + steps) * parts
     return _dataset(first, last, micro_batch)
 
 
 def eval_batches(prepared, *, batch_size, shard=(0, 1)):
-    """All rows once, in order; the last batch is filled with empty rows.
+    """All rows once; the last batch is filled with empty rows.
 
-    The weights make the mean over batches of sum(loss * sample_weight) the
-    mean over all learned tokens. Arguments and result as in `train_batches`.
+    In order, the rows of one bucket after those of the shorter ones. The
+    weights make the mean over batches of sum(loss * sample_weight) the mean
+    over all learned tokens. Arguments and result as in `train_batches`.
     """
-    host, hosts = shard
-    size, _ = micro_batches(batch_size, 0, hosts)
-    count = len(prepared.rows)
+    size, _ = micro_batches(batch_size, 0, shard[1])
+    count = len(prepared.lengths)
     parts = -(-count // size)
     rows = np.full(parts * size, -1)
-    rows[:count] = np.arange(count)
-    total = prepared.learned.sum()
+    groups = np.searchsorted(prepared.buckets, prepared.lengths)
+    rows[:count] = np.argsort(groups, kind="stable")
+    scale = np.float32(parts / max(prepared.learned.sum(), 1))
 
     def batch(i):
-        first = i * size + host * size // hosts
-        x, y, weight = prepared.batch(rows[first : first + size // hosts])
-        return x, y, weight * np.float32(parts / max(total, 1))
+        chosen = rows[i * size : (i + 1) * size]
+        x, y, weight = _share(prepared, chosen, shard)
+        return x, y, weight * scale
 
     return _dataset(0, parts, batch)
+
+
+def _share(prepared, rows, shard):
+    """A host's part of a micro-batch; its width is that of the whole."""
+    host, hosts = shard
+    size = len(rows) // hosts
+    own = rows[host * size : (host + 1) * size]
+    return prepared.batch(own, prepared.width(rows))
 
 
 def _dataset(first, last, make):

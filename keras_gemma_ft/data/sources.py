@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from keras_gemma_ft.config import UserError
 from keras_gemma_ft.data.readers import READERS, flaw
@@ -21,6 +23,33 @@ DEMO = {
     "demo:train": EMBEDDED / "demo_train.jsonl",
     "demo:eval": EMBEDDED / "demo_eval.jsonl",
 }
+
+
+class Source(NamedTuple):
+    """One source, found and fingerprinted, not read yet.
+
+    Attributes:
+        name: as it was typed, a glob expanded.
+        path: of its file; None for a dataset of the hub.
+        unit: "line" or "record", what `rows` counts.
+        rows: yields (number, record, reason), as `readers` do.
+        fingerprint: {"bytes", "sha256"} of its content.
+    """
+
+    name: str
+    path: str | None
+    unit: str
+    rows: Iterable
+    fingerprint: dict
+
+    def changed(self):
+        """Whether the file has changed since; a hub's dataset does not."""
+        if self.path is None:
+            return False
+        try:
+            return fingerprint(self.path) != self.fingerprint
+        except OSError:
+            return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +81,8 @@ def read(spec, *, bad_rows=0):
 
     Args:
         spec: comma-separated paths, globs, `hf://dataset[:split]`,
-            `hf://folder[:split]` (from `save_to_disk`), `demo`, `demo:eval`.
+            `hf://folder[:split]` (from `save_to_disk`), `demo`, `demo:eval`;
+            or what `find` made of them, which can be read once.
         bad_rows: how many unusable records may be skipped.
 
     Returns:
@@ -63,8 +93,8 @@ def read(spec, *, bad_rows=0):
             than `bad_rows` unusable records; the message lists them.
     """
     records, files, bad, places = [], [], [], []
-    for name in names(spec):
-        unit, rows, fingerprint = _open(name)
+    found = find(spec) if isinstance(spec, str) else spec
+    for name, _, unit, rows, mark in found:
         numbers, start, before = [], len(records), len(bad)
         for number, record, reason in rows:
             if reason:
@@ -74,11 +104,12 @@ def read(spec, *, bad_rows=0):
                 numbers.append(number)
         if len(records) == start and len(bad) == before:
             raise UserError(f"{name} is empty: it holds no record.")
-        files.append({"name": name, **fingerprint, "rows": len(numbers)})
+        files.append({"name": name, **mark, "rows": len(numbers)})
         places.append((unit, numbers))
     stop_if_bad(bad, bad_rows)
     if not records:
-        raise UserError(f"{spec}: none of its records is usable.")
+        told = ", ".join(source.name for source in found)
+        raise UserError(f"{told}: none of its records is usable.")
     return records, SourceReport(tuple(files), tuple(bad), tuple(places))
 
 
@@ -145,8 +176,20 @@ def _missing(path):
     return f"{path} does not exist.{hint}"
 
 
+def find(spec):
+    """The list of `Source` that `spec` names; raises as `read` does."""
+    return [_open(name) for name in names(spec)]
+
+
+def fingerprint(path):
+    """{"bytes", "sha256"} of a file's content."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"bytes": file.tell(), "sha256": digest}
+
+
 def _open(name):
-    """`(unit, rows, fingerprint)`; rows yield (number, record, reason)."""
+    """`Source` of one name."""
     if name.startswith("hf://"):
         return _hub(name)
     path = DEMO.get(name, name)
@@ -160,9 +203,7 @@ def _open(name):
     try:
         with open(path, "rb") as file:
             start = file.read(2)
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            size = file.tell()
+        mark = fingerprint(path)
     except OSError as error:
         raise UserError(f"{name} cannot be read: {error.strerror}.") from error
     if start in (b"\xff\xfe", b"\xfe\xff"):
@@ -170,7 +211,7 @@ def _open(name):
             f"{name} is UTF-16, expected UTF-8. Type: "
             f"iconv -f UTF-16 -t UTF-8 {name} > new{extension}"
         )
-    return unit, reader(path), {"bytes": size, "sha256": digest}
+    return Source(name, path, unit, reader(path), mark)
 
 
 def _hub(name):
@@ -202,7 +243,8 @@ def _hub(name):
         digest.update(line)
         size += len(line)
     rows = ((i, record, flaw(record)) for i, record in enumerate(dataset, 1))
-    return "record", rows, {"bytes": size, "sha256": digest.hexdigest()}
+    mark = {"bytes": size, "sha256": digest.hexdigest()}
+    return Source(name, None, "record", rows, mark)
 
 
 def _hub_message(name, path, error):

@@ -16,36 +16,42 @@ class Judge:
 
     Args:
         cfg: `config.Config`.
-        tuner: the `FineTuner`: its model, batch shape and held-out loss.
+        tuner: the `FineTuner`: its model and held-out loss.
         tokenizer: `data.tokens.Tokenizer`.
-        held_out: `data.pipeline.Prepared` to score on, or None.
+        held_out: `data.prepared.Prepared` to score on, or None.
         rows: the training rows, whose prompts are answered if held_out is
             None.
     """
 
     def __init__(self, cfg, tuner, tokenizer, held_out, rows=None):
         self.tuner, self.tokenizer, self.held_out = tuner, tokenizer, held_out
+        self.rows, _ = pipeline.micro_batches(
+            cfg.data.batch_size, cfg.data.micro_batch_size
+        )
         prompts = (held_out or rows).prompts
-        sizes = [len(tokenizer.encode(p.reference)) for p in prompts]
         count = cfg.train.exact_match
         if count < 0:
-            short = sizes and max(sizes) < _SHORT_ANSWER
-            count = _MOST_PROMPTS if short and held_out else 0
+            short = held_out and self._longest(prompts) < _SHORT_ANSWER
+            count = _MOST_PROMPTS if short else 0
         self.count, self.samples = count, cfg.train.samples
         self.prompts = prompts[: max(count, self.samples)]
         # Room for the end token, and for an answer that is a little longer.
-        longest = max(sizes[: len(self.prompts)], default=0)
+        longest = self._longest(self.prompts)
         self.limit = min(cfg.generate.max_new_tokens, longest + 8)
         # Greedy, whatever the command asks of its own completions.
         self.generator = sampling.Generator(
             tuner.causal_lm, tokenizer, config.Generate()
         )
 
+    def _longest(self, prompts):
+        """Tokens of the longest reference; 0 where there is none."""
+        texts = [prompt.reference for prompt in prompts]
+        return max(map(len, self.tokenizer.encode_batch(texts)), default=0)
+
     def batches(self):
         """(held-out batches, how many): what `held_out_loss` takes."""
-        rows, _ = self.tuner.batch_shape
-        batches = pipeline.eval_batches(self.held_out, batch_size=rows)
-        return batches, pipeline.steps(self.held_out, rows)
+        batches = pipeline.eval_batches(self.held_out, batch_size=self.rows)
+        return batches, pipeline.steps(self.held_out, self.rows)
 
     def judge(self, when):
         """{"eval_loss", "perplexity", "exact_match", "answers"}.
@@ -78,7 +84,7 @@ def exact_match(generator, prompts, *, limit):
 
     Args:
         generator: `sampling.Generator`; greedy is what makes sense here.
-        prompts: `data.pipeline.Prompt`s (prompt_ids, reference).
+        prompts: `data.prepared.Prompt`s (prompt_ids, reference).
         limit: longest answer, in tokens.
 
     Returns:

@@ -39,7 +39,7 @@ class Clock(keras.callbacks.Callback):
     def __init__(self, folder, tokens, *, steps, start):
         super().__init__()
         self.folder, self.tokens, self.steps = folder, tokens, steps
-        self.seconds, self.losses = 0.0, []
+        self.seconds, self.waited, self.losses = 0.0, 0.0, []
         self.row_tokens = 0
         self.bar = tqdm.tqdm(
             total=steps,
@@ -51,9 +51,11 @@ class Clock(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self.accumulation = self.model.accumulation
+        self.meter = self.model.meter
 
     def on_epoch_begin(self, epoch, logs=None):
         self.begin = time.perf_counter()
+        self.waited_before = self.meter.seconds
 
     def on_train_batch_end(self, batch, logs=None):
         if (batch + 1) % self.accumulation == 0:
@@ -62,11 +64,13 @@ class Clock(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         model = self.model
         seconds = time.perf_counter() - self.begin
+        waited = self.meter.seconds - self.waited_before
         before = model.step
         model.step += self.params["steps"] // model.accumulation
         rows, learned = self.tokens(model.step)
         done = rows - self.tokens(before)[0]
         self.seconds += seconds
+        self.waited += waited
         self.row_tokens += done
         optimizer = model.optimizer
         line = {
@@ -78,6 +82,7 @@ class Clock(keras.callbacks.Callback):
             ),
             "learning_rate": model.learning_rate(model.step - 1),
             "tokens_per_s": round(done / seconds, 1),
+            "input_wait": round(waited / seconds, 5),
         }
         self.losses.append(line["loss"])
         self.folder.append(line)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from keras_gemma_ft import config, runtime
-from keras_gemma_ft.data import pipeline
+from keras_gemma_ft.data import pipeline, prepared
 
 
 @dataclasses.dataclass
@@ -14,7 +14,7 @@ class Job:
 
     cfg: config.Config
     tokenizer: object
-    rows: pipeline.Prepared
+    rows: prepared.Prepared
     held_out: object
     steps: int
     steps_per_epoch: int
@@ -28,9 +28,13 @@ class Job:
         steps = cfg.train.steps or pipeline.steps(
             rows, cfg.data.batch_size, cfg.train.epochs
         )
-        for name, part in (("train", rows), ("eval", held)):
-            if part is not None:
-                runtime.say(f"{name} data: {_sentence(part.report)}")
+        parts = {"train": rows, "eval": held}
+        parts = {name: part for name, part in parts.items() if part}
+        for name, part in parts.items():
+            runtime.say(f"{name} data: {_sentence(part)}")
+        for note in dict.fromkeys(part.origin.note for part in parts.values()):
+            if note:
+                runtime.say(note)
         return cls(cfg, loaded.tokenizer, rows, held, steps, each)
 
     def duration(self, text):
@@ -48,9 +52,7 @@ class Job:
         """{split: name, bytes, sha256 and rows of each source}."""
         parts = {"train": self.rows, "eval": self.held_out}
         return {
-            name: part.report["sources"]
-            for name, part in parts.items()
-            if part is not None
+            name: part.report["sources"] for name, part in parts.items() if part
         }
 
     def batches(self, start, count):
@@ -72,32 +74,31 @@ class Job:
 
     def token_counter(self):
         """Function of a step: (row tokens, learned tokens) before it."""
-        size = self.cfg.data.batch_size
-        lengths = np.array(
-            [
-                sum(
-                    self.rows.starts[e + 1] - self.rows.starts[e] - 1
-                    for e in row
-                )
-                for row in self.rows.rows
-            ]
-        )
+        lengths, learned = self.rows.lengths, self.rows.learned
         seen = np.zeros((self.steps + 1, 2), "int64")
         for step in range(self.steps):
             rows = pipeline.rows_of_step(
-                self.rows, step, batch_size=size, seed=self.cfg.seed
+                self.rows,
+                step,
+                batch_size=self.cfg.data.batch_size,
+                micro_batch_size=self.cfg.data.micro_batch_size,
+                seed=self.cfg.seed,
             )
-            here = lengths[rows].sum(), self.rows.learned[rows].sum()
+            here = lengths[rows].sum(), learned[rows].sum()
             seen[step + 1] = seen[step] + here
         return lambda step: (int(seen[step][0]), int(seen[step][1]))
 
 
-def _sentence(report):
+def _sentence(part):
     """One line about a prepared split."""
+    report, origin = part.report, part.origin
     dropped = ", ".join(f"{n} x {why}" for why, n in report["dropped"].items())
     return (
         f"{report['records']} records ({report['format']}), "
         f"{report['tokens']:,} tokens, {report['learned_tokens']:,} learned, "
-        f"{report['rows']} rows, {report['padding']:.1%} padding, "
-        f"{report['truncated']} truncated, dropped: {dropped or 'none'}"
+        f"{report['rows']} rows of {', '.join(map(str, part.buckets))} places, "
+        f"{report['padding']:.1%} padding, "
+        f"{report['truncated']} truncated, dropped: {dropped or 'none'}; "
+        f"{'from the cache' if origin.cached else 'prepared'} "
+        f"in {origin.seconds:.2f} s"
     )

@@ -2,13 +2,15 @@
 
 import time
 
+import keras
+
 from keras_gemma_ft import runtime
 from keras_gemma_ft.formats import adapters, atomic
 from keras_gemma_ft.model import lora, presets
 
 
 def summary(cfg, tuner, clock, backend, began):
-    """What is known of a run when `fit` has ended."""
+    """What is known of a run when `fit` has ended; tells of the batches."""
     facts = {
         "status": "done",
         "backend": backend,
@@ -25,7 +27,25 @@ def summary(cfg, tuner, clock, backend, began):
         facts["train_loss"] = clock.losses[-1]
         facts["tokens_per_s"] = round(clock.row_tokens / clock.seconds, 1)
         facts["train_seconds"] = round(clock.seconds, 2)
+        facts["input_wait"] = round(clock.waited / clock.seconds, 5)
+        compiled = tuner.meter.compilations("train")
+        facts["compiled_shapes"] = sum(compiled.values())
+        _say_batches(facts, tuner.meter)
     return facts
+
+
+def _say_batches(facts, meter):
+    """What the training step was compiled for, and the wait for batches."""
+    shapes = meter.compilations("train")
+    listed = ", ".join(f"{rows}x{tokens}" for rows, tokens in shapes)
+    count = facts["compiled_shapes"]
+    compiled = f"{count} compilation{'s' * (count > 1)}, "
+    if keras.config.backend() == "torch":
+        compiled = ""
+    runtime.say(
+        f"training step: {compiled}batches of {listed} (rows x tokens); "
+        f"{facts['input_wait']:.2%} of the time went by waiting for them"
+    )
 
 
 def device(backend):

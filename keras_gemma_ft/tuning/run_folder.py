@@ -18,6 +18,7 @@ _FREE = {
     "run_dir",
     "resume",
     "backend",
+    "data.cache",
     "train.time_budget",
     "train.keep_checkpoints",
 }

@@ -18,6 +18,7 @@ from keras_gemma_ft.model import forward, lora, presets, quantize
 from keras_gemma_ft.tuning import (
     callbacks,
     checkpoint,
+    feed,
     objectives,
     optimizer,
     results,
@@ -32,10 +33,9 @@ class FineTuner(keras.Model):
     Args:
         causal_lm: with LoRA on, or with every weight trainable.
         objective: a function such as `objectives.sft`.
-        batch_shape: (rows of a micro-batch, tokens of a row); TensorFlow
-            traces its data without them.
         accumulation: micro-batches an optimizer step.
         recompute: recompute each decoder block in the backward pass.
+        scan: on JAX, compile one loop over the decoder blocks.
         chunk: tokens whose logits exist at once; 0 picks by memory.
         seed: of dropout.
     """
@@ -45,9 +45,9 @@ class FineTuner(keras.Model):
         causal_lm,
         objective=objectives.sft,
         *,
-        batch_shape,
         accumulation=1,
         recompute=False,
+        scan=False,
         chunk=0,
         seed=0,
     ):
@@ -56,9 +56,8 @@ class FineTuner(keras.Model):
         super().__init__(autocast=False)
         self.causal_lm = causal_lm
         self.objective = objective
-        self.batch_shape = batch_shape
         self.accumulation = accumulation
-        self.recompute, self.chunk = recompute, chunk
+        self.recompute, self.scan, self.chunk = recompute, scan, chunk
         settings = getattr(causal_lm.backbone, "lora", None)
         dropout = settings.dropout if settings else 0.0
         self.dropout = (
@@ -67,6 +66,7 @@ class FineTuner(keras.Model):
             else None
         )
         self.step, self.last_loss, self.stopped = 0, 0.0, None
+        self.meter = feed.Meter()
 
     @property
     def backbone(self):
@@ -92,11 +92,11 @@ class FineTuner(keras.Model):
         seed = self.dropout.next() if training and self.dropout else None
         return forward.hidden_states(
             self.backbone,
-            *(
-                ops.reshape(x[name], self.batch_shape)
-                for name in ("token_ids", "segment_ids", "positions")
-            ),
+            x["token_ids"],
+            x["segment_ids"],
+            x["positions"],
             recompute=self.recompute and training,
+            scan=self.scan,
             seed=seed,
         )
 
@@ -107,17 +107,37 @@ class FineTuner(keras.Model):
         return self.objective(
             self.backbone,
             y_pred,
-            ops.reshape(y, self.batch_shape),
-            ops.reshape(sample_weight, self.batch_shape),
+            ops.convert_to_tensor(y),
+            ops.convert_to_tensor(sample_weight),
             chunk=self.chunk,
             table_trained=training
             and self.backbone.token_embedding.embeddings.trainable,
+            training=training,
         )
+
+    def train_step(self, *args):
+        """Keras's; its batch, the last argument, is noted."""
+        self.meter.note("train", args[-1])
+        return super().train_step(*args)
+
+    def test_step(self, *args):
+        """Keras's; its batch, the last argument, is noted."""
+        self.meter.note("test", args[-1])
+        return super().test_step(*args)
+
+    def make_train_function(self, force=False):
+        feed.make_function(self, "train", super().make_train_function, force)
+
+    def make_test_function(self, force=False):
+        feed.make_function(self, "test", super().make_test_function, force)
 
     def held_out_loss(self, batches, steps):
         """Mean loss of all learned tokens of `pipeline.eval_batches`."""
         logs = self.evaluate(
-            batches, steps=steps, verbose=0, return_dict=True
+            feed.Feed(batches, self.meter),
+            steps=steps,
+            verbose=0,
+            return_dict=True,
         )
         return float(logs["loss"])
 
@@ -129,14 +149,14 @@ def build(cfg, loaded, *, steps, warmup):
         lora.enable(backbone, cfg.lora, seed=cfg.seed)
     if cfg.model.quantize != "none":
         quantize.apply(backbone, lora.layers(backbone), cfg.model.quantize)
-    rows, accumulation = pipeline.micro_batches(
+    _, accumulation = pipeline.micro_batches(
         cfg.data.batch_size, cfg.data.micro_batch_size
     )
     tuner = FineTuner(
         loaded.causal_lm,
-        batch_shape=(rows, cfg.data.sequence_length),
         accumulation=accumulation,
         recompute=recompute(cfg, backbone),
+        scan=scan(cfg, backbone),
         chunk=cfg.train.loss_chunk,
         seed=cfg.seed,
     )
@@ -158,6 +178,13 @@ def recompute(cfg, backbone):
     if cfg.model.remat == "auto":
         return backbone.count_params() > 5e8
     return cfg.model.remat == "block"
+
+
+def scan(cfg, backbone):
+    """`--model.scan`: auto is a loop from 16 blocks on (2B has 26)."""
+    if cfg.model.scan == "auto":
+        return backbone.num_layers >= 16
+    return cfg.model.scan == "on"
 
 
 def run(cfg, backend):
@@ -291,7 +318,9 @@ def _fit(cfg, folder, job, tuner, judge, facts, began):
         for count, size in ((whole, window), (1, rest)):
             if count * size and not tuner.stop_training:
                 tuner.fit(
-                    job.batches(tuner.step, count * size),
+                    feed.Feed(
+                        job.batches(tuner.step, count * size), tuner.meter
+                    ),
                     epochs=count,
                     steps_per_epoch=size * tuner.accumulation,
                     callbacks=calls,
