@@ -17,17 +17,24 @@ from keras import ops
 
 from keras_gemma_ft.model import kernels
 
-_CHUNK_BYTES, _LEAST = 24 * 2**20, 64
+_CHUNK_BYTES = 24 * 2**20
+# Fewer tokens take longer to read the table than to multiply by it.
+_LEAST, _MOST = 256, 1024
+# exp(64) over 2**20 words is 6e33: up to this cap no maximum is subtracted.
+_SAFE_CAP = 64.0
 
 
-def chunk_size(tokens, vocabulary_size, requested=0):
+def chunk_size(tokens, vocabulary_size, requested=0, *, by_words=False):
     """Tokens whose float32 logits exist at once: about 24 MB of them.
 
-    Two to four arrays of that size live together. Larger chunks leave a CPU's
-    cache; fewer than 64 tokens take longer to read the table than to multiply
-    by it.
+    Two to four arrays of that size live together; larger ones leave a CPU's
+    cache. `by_words` takes up to 1024 tokens, and some words at a time.
     """
-    size = requested or max(_LEAST, _CHUNK_BYTES // (4 * vocabulary_size))
+    size = requested
+    if not size and by_words:
+        size = _MOST
+    if not size:
+        size = max(_LEAST, _CHUNK_BYTES // (4 * vocabulary_size))
     return min(size, tokens)
 
 
@@ -59,7 +66,8 @@ def token_loss(
         the others).
     """
     rows, t = y.shape
-    size = chunk_size(rows * t, table.shape[0], chunk)
+    by_words = not table_trained and _by_words(hidden, cap)
+    size = chunk_size(rows * t, table.shape[0], chunk, by_words=by_words)
     # Chunks take the same columns of every row: a batch that is split over
     # devices stays split. Equal chunks, for one compiled body.
     columns = min(t, -(-size // rows))
@@ -74,7 +82,8 @@ def token_loss(
     run = _recomputed
     if not table_trained:
         run, table = _frozen, ops.stop_gradient(ops.convert_to_tensor(table))
-    one = _Chunk(cap, columns, chunks, training and not table_trained)
+    gradient = training and not table_trained
+    one = _Chunk(cap, columns, chunks, gradient, by_words)
     losses = run(one, hidden, table, y, spread, most)
     back = ops.cast(ops.argsort(order, axis=1), "int32")
     losses = ops.take_along_axis(losses, back, axis=1)
@@ -90,12 +99,14 @@ class _Chunk:
         columns: c.
         count: chunks.
         gradient: whether dh is wanted beside the losses.
+        by_words: whether the table is taken in blocks; see `_in_blocks`.
     """
 
     cap: float | None
     columns: int
     count: int
     gradient: bool
+    by_words: bool
 
     def inputs(self, j, hidden, y, spread):
         """Chunk j: (h [C, d], y [C])."""
@@ -113,8 +124,6 @@ class _Chunk:
 
     def losses_and_dh(self, h, table, y):
         """(float32 [C], [C, d]), not differentiable."""
-        if keras.config.backend() == "torch" and self.cap is not None:
-            return _in_place(h, table, y, self.cap)
         table = ops.cast(table, h.dtype)
         z = _logits(h, table, self.cap)
         total = ops.logsumexp(z, axis=-1, keepdims=True)
@@ -137,23 +146,67 @@ def _logits(h, table, cap):
     return kernels.soft_cap(ops.cast(z, "float32"), cap)
 
 
-def _in_place(h, table, y, cap):
-    """`losses_and_dh` of Torch, in two buffers of [C, V].
+def _by_words(hidden, cap):
+    """Whether the losses of a chunk are summed over blocks of words.
 
-    The soft cap keeps exp(z) below exp(cap): no maximum is subtracted.
+    In float32, which is what a CPU computes in: with 16 bits exp(z) E of the
+    right word and E itself would each be rounded before they cancel.
     """
-    import torch
+    kind = keras.backend.standardize_dtype(hidden.dtype)
+    return kind == "float32" and cap is not None and cap <= _SAFE_CAP
 
-    table = table.to(h.dtype)
-    t = kernels.product(h, table.T).float().div_(cap).tanh_()
-    e = (t * cap).exp_()
-    total = e.sum(-1, keepdim=True)
-    y = y.long()[:, None]
-    losses = total.log() - cap * t.gather(-1, y)
-    e.scatter_add_(-1, y, -total)
-    torch.ops.aten.tanh_backward.grad_input(e, t, grad_input=e)
-    dh = kernels.product(e.div_(total).to(h.dtype), table)
-    return losses[:, 0], dh
+
+def _in_blocks(one, h, table, y):
+    """float32 (losses [C], dh [C, d]), one pass over blocks of words.
+
+    The soft cap keeps exp(z) below exp(cap), so that the sum of exp(z) and
+    that of exp(z) (1 - tanh^2) E need no maximum and are divided at the end.
+    A matmul rearranges the block it multiplies by: whole tables, chunk after
+    chunk, would cost more than the products (V = 256,000, 64 tokens).
+    """
+    words, d = table.shape
+    size = min(words, max(1, _CHUNK_BYTES // (4 * h.shape[0])))
+    blocks, rest = divmod(words, size)
+    table = ops.cast(table, h.dtype)
+
+    def add(first, size, sums):
+        part = ops.slice(table, (first, 0), (size, d))
+        return _add(h, part, one.cap, one.gradient, *sums)
+
+    sums = ops.zeros((h.shape[0], 1)), ops.zeros(h.shape)
+    if blocks == 1:
+        sums = add(0, size, sums)
+    else:
+        sums = ops.fori_loop(
+            0, blocks, lambda i, sums: add(i * size, size, sums), sums
+        )
+    if rest:
+        sums = add(blocks * size, rest, sums)
+    total, dh = sums
+    right = ops.take(table, y, axis=0)
+    t = ops.tanh(ops.sum(h * right, -1, keepdims=True) * (1.0 / one.cap))
+    dh = dh / total - (1.0 - t * t) * right
+    return (ops.log(total) - one.cap * t)[:, 0], dh
+
+
+def _add(h, part, cap, gradient, total, dh):
+    """The sums of `_in_blocks` with the words of `part` [W, d]."""
+    if keras.config.backend() == "torch":
+        import torch
+
+        t = kernels.product(h, part.T).mul_(1.0 / cap).tanh_()
+        e = (t * cap).exp_()
+        total = total + e.sum(-1, keepdim=True)
+        if gradient:
+            torch.ops.aten.tanh_backward.grad_input(e, t, grad_input=e)
+            dh = dh + kernels.product(e, part)
+        return total, dh
+    t = ops.tanh(ops.matmul(h, ops.transpose(part)) * (1.0 / cap))
+    e = ops.exp(cap * t)
+    total = total + ops.sum(e, -1, keepdims=True)
+    if gradient:
+        dh = dh + ops.matmul(e * (1.0 - t * t), part)
+    return total, dh
 
 
 def _over_chunks(one, most, run, like):
@@ -221,9 +274,14 @@ def _frozen(one, hidden, table, y, spread, most):
 
         def run(j):
             h, labels = one.inputs(j, hidden, y, spread)
+            if one.by_words:
+                losses, dh = _in_blocks(one, h, table, labels)
+            elif one.gradient:
+                losses, dh = one.losses_and_dh(h, table, labels)
+            else:
+                losses = one.losses(h, table, labels)
             if not one.gradient:
-                return [ops.reshape(one.losses(h, table, labels), shape)]
-            losses, dh = one.losses_and_dh(h, table, labels)
+                return [ops.reshape(losses, shape)]
             dh = ops.reshape(dh, (*shape, h.shape[-1]))
             return [ops.reshape(losses, shape), dh]
 
