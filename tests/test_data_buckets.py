@@ -143,8 +143,7 @@ def test_micro_batches_are_of_one_bucket(prepared):
     assert len(first & second) < 3
 
 
-def test_one_bucket_is_ordered_as_packed_rows_are(file, tokenizer):  # noqa: F811
-    count = 150
+def test_one_bucket_is_as_packed_rows(file, tokenizer):  # noqa: F811
     for kwargs in ({"buckets": 1}, {"pack": True}):
         data = settings(
             file, sequence_length=400, **{"pack": False, **kwargs}

@@ -220,7 +220,9 @@ def test_code_is_part_of_the_key(prepare, tmp_path, monkeypatch):
     assert not prepare().origin.cached
 
 
-FILES = ("token_ids.npy", "starts.npy", "answers.npy", "facts.json", "sums.json")
+FILES = (
+    "token_ids.npy", "starts.npy", "answers.npy", "facts.json", "sums.json"
+)  # fmt: skip
 DAMAGE = {
     "missing": lambda path: path.unlink(),
     "empty": lambda path: path.write_bytes(b""),
@@ -343,7 +345,7 @@ def test_two_processes_write_at_once(prepare, folder, train, tmp_path):
         "cache._store = late\n"
         "data = Data(path, eval='none', sequence_length=96, cache=folder)\n"
         "found = pipeline.prepare(data, tokenizer, 'train', 0)\n"
-        "assert not found.origin.cached and not found.origin.note, found.origin\n"
+        "assert not found.origin.cached and not found.origin.note\n"
         "print(int(found.token_ids.sum()))\n"
     )
     go = tmp_path / "go"

@@ -16,7 +16,7 @@ from keras import ops
 from keras_gemma_ft import config
 from keras_gemma_ft.formats import names
 from keras_gemma_ft.inference import sampling
-from keras_gemma_ft.model import forward, lora, presets
+from keras_gemma_ft.model import attention, forward, lora, presets
 
 ONE_SEGMENT = tiny.layout(tiny.T)
 
@@ -307,6 +307,24 @@ def test_float16_outgrows_65504(tmp_path):
     off = np.linalg.norm(got - want) / np.linalg.norm(want)
     print(f"float16: {off:.4f} off")
     assert off < 2e-2
+
+
+def test_long_rows_go_in_blocks(backbone, monkeypatch):
+    segments, positions = tiny.layout(7, 12, 3)
+    token_ids = tiny.ids(1, tiny.T)
+    whole, _ = ours(backbone, token_ids, segments, positions)
+    called = []
+    in_blocks = attention.attend_in_blocks
+
+    def spy(*args):
+        called.append(args[-1])
+        return in_blocks(*args)
+
+    monkeypatch.setattr(attention, "BLOCK", 5)
+    monkeypatch.setattr(attention, "attend_in_blocks", spy)
+    blocks, _ = ours(backbone, token_ids, segments, positions)
+    assert called == [8, None, 8]  # window, global, window
+    tiny.close("blocks", blocks, whole, atol=2e-5)
 
 
 # --- one loop over the blocks --------------------------------------------------

@@ -184,7 +184,7 @@ def test_learning_rate_counts_optimizer_steps(plain, accumulated):
 
 
 def prepare(folder, records, pack=True):
-    """`pipeline.Prepared` of the records."""
+    """`prepared.Prepared` of the records."""
     data = config.Data(
         train=str(records), eval="none", sequence_length=T, pack=pack
     )
@@ -222,7 +222,7 @@ def torch_steps(model, rows, trained, kind):
 
     Args:
         model: transformers' or PEFT's.
-        rows: `pipeline.Prepared`.
+        rows: `prepared.Prepared`.
         trained: function that gives {name: parameter}.
         kind: class of `torch.optim`.
     """

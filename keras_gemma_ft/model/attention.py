@@ -1,7 +1,7 @@
 """Causal, soft-capped, grouped attention within segments.
 
-Up to `BLOCK` tokens the scores of a row exist at once. Beyond, queries come in
-blocks and nothing of size T x T exists, forward or backward; keys that no
+Up to 2 x `BLOCK` tokens the scores of a row exist at once. Beyond, queries come
+in blocks and nothing of size T x T exists, forward or backward; keys that no
 query of a block can reach (later ones, those before the window, on JAX and
 Torch other segments) are not read. The backward pass forms the probabilities
 again from their logsumexp, the idea of FlashAttention (arXiv 2205.14135).

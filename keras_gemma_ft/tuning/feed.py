@@ -18,6 +18,8 @@ class Meter:
 
     Attributes:
         seconds: how long the training loop has been blocked waiting for them.
+            JAX's loop runs ahead of its device, which may be busy meanwhile:
+            there it is the most that the device can have waited.
         traces: {(kind, (rows, tokens)): count}: how often a "train" or "test"
             step was traced for a shape, which is once a compilation. Torch
             compiles nothing; its count is of steps.
