@@ -165,7 +165,8 @@ def _in_blocks(one, h, table, y):
     chunk, would cost more than the products (V = 256,000, 64 tokens).
     """
     words, d = table.shape
-    size = min(words, max(1, _CHUNK_BYTES // (4 * h.shape[0])))
+    # Neither the logits of a block nor its rows of the table take more.
+    size = min(words, max(1, _CHUNK_BYTES // (4 * max(h.shape[0], d))))
     blocks, rest = divmod(words, size)
     table = ops.cast(table, h.dtype)
 
