@@ -18,8 +18,6 @@ from keras_gemma_ft.model import kernels
 BLOCK = 512
 # exp(-1e30) is 0 in float32, and unlike -inf it never makes a NaN.
 _MASKED = -1e30
-# exp(64) over 2**20 keys is 6e33: up to this cap no maximum is subtracted.
-_SAFE_CAP = 64.0
 
 
 def allowed(query_segments, key_segments, first_query, first_key, window):
@@ -145,7 +143,7 @@ def _attend(q, k, v, mask, cap):
     _, heads, s, _ = k.shape
     z = _scores(q, k, cap)
     top = None
-    if cap is None or cap > _SAFE_CAP:
+    if cap is None or cap > kernels.SAFE_CAP:
         top = ops.max(ops.where(mask, z, _MASKED), -1, keepdims=True)
         top = top if cap is None else cap * top
     weights = _weights(z, mask, cap, top)

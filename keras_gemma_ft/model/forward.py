@@ -56,7 +56,7 @@ def hidden_states(
         look = _look(backbone, segment_ids)
         run = functools.partial(_block, backbone, look, rope)
         loop = scan and keras.config.backend() == "jax"
-        blocks = scanned.blocks if loop else _unrolled
+        blocks = scanned.blocks if loop else scanned.unrolled
         seeds = _seeds(backbone, seed)
         x = blocks(run, backbone.transformer_layers, seeds, x, recompute)
     else:
@@ -76,9 +76,8 @@ def hidden_states(
 
 def logits(backbone, hidden):
     """Soft-capped float32 logits [..., V] of hidden states [..., d]."""
-    table = ops.cast(quantize.embedding(backbone), hidden.dtype)
-    z = ops.cast(ops.matmul(hidden, ops.transpose(table)), "float32")
-    return kernels.soft_cap(z, backbone.final_logit_soft_cap)
+    table = quantize.embedding(backbone)
+    return kernels.logits(hidden, table, backbone.final_logit_soft_cap)
 
 
 def residual_dtype(backbone):
@@ -123,12 +122,7 @@ def _extend(backbone, cache, segment_ids):
     segments = ops.slice_update(
         cache["segment_ids"], (0, index), ops.cast(segment_ids, "int32")
     )
-    masks = _masks(backbone, segment_ids, segments, index)
-    cap = backbone.attention_logit_soft_cap
-    look = {
-        kind: lambda q, k, v, mask=mask: attention.attend(q, k, v, mask, cap)
-        for kind, mask in masks.items()
-    }
+    look = _masked(backbone, segment_ids, segments, index)
     return {**cache, "segment_ids": segments}, look
 
 
@@ -156,11 +150,7 @@ def _look(backbone, segment_ids):
             )
             for kind, window in windows.items()
         }
-    masks = _masks(backbone, segment_ids, segment_ids, 0)
-    return {
-        kind: lambda q, k, v, mask=mask: attention.attend(q, k, v, mask, cap)
-        for kind, mask in masks.items()
-    }
+    return _masked(backbone, segment_ids, segment_ids, 0)
 
 
 def _windows(backbone):
@@ -170,13 +160,18 @@ def _windows(backbone):
     return {True: window, False: None}
 
 
-def _masks(backbone, query_segments, key_segments, index):
-    """{block.use_sliding_window_attention: mask}."""
-    return {
+def _masked(backbone, query_segments, key_segments, index):
+    """As `_look`, all scores at once."""
+    cap = backbone.attention_logit_soft_cap
+    masks = {
         kind: attention.allowed(
             query_segments, key_segments, index, 0, window
         )
         for kind, window in _windows(backbone).items()
+    }
+    return {
+        kind: lambda q, k, v, mask=mask: attention.attend(q, k, v, mask, cap)
+        for kind, mask in masks.items()
     }
 
 
@@ -208,15 +203,6 @@ def _heads(x, heads, rope=None, scale=1.0):
 
 def _norm(x, norm, dtype):
     return kernels.norm(x, norm.scale, norm.epsilon, dtype)
-
-
-def _unrolled(run, blocks, seeds, x, recompute):
-    """Every block after the one before it."""
-    for i, block in enumerate(blocks):
-        seed = None if seeds is None else seeds[i]
-        one = functools.partial(run, block, seed)
-        x = keras.remat(one)(x) if recompute else one(x)
-    return x
 
 
 def _block(backbone, look, rope, block, seed, x, cache=None, index=None):

@@ -11,6 +11,11 @@ import keras
 from keras import ops
 
 
+# exp(64) over 2**20 terms is 6e33: up to this cap a sum of exponentials in
+# float32 needs no maximum subtracted.
+SAFE_CAP = 64.0
+
+
 def own_gradient(forward, backward, *, chosen=False):
     """A differentiable function from a forward and a backward one.
 
@@ -110,6 +115,12 @@ def barrier(x):
 def soft_cap(x, cap):
     """cap * tanh(x / cap); x where there is no cap."""
     return x if cap is None else cap * ops.tanh(x / cap)
+
+
+def logits(hidden, table, cap):
+    """Soft-capped float32 logits [..., V] of hidden [..., d], table [V, d]."""
+    z = ops.matmul(hidden, ops.transpose(ops.cast(table, hidden.dtype)))
+    return soft_cap(ops.cast(z, "float32"), cap)
 
 
 def norm(x, scale, epsilon, dtype):

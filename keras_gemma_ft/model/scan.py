@@ -7,8 +7,19 @@ are: a `switch` picks those of a turn, which costs a copy of one body's weights,
 where stacking them would copy all. Adapters and norms are small and stacked.
 """
 
+import functools
+
 import keras
 from keras import ops
+
+
+def unrolled(run, layers, seeds, x, recompute):
+    """As `blocks`, one block after the other, on every backend."""
+    for i, layer in enumerate(layers):
+        seed = None if seeds is None else seeds[i]
+        one = functools.partial(run, layer, seed)
+        x = keras.remat(one)(x) if recompute else one(x)
+    return x
 
 
 def blocks(run, layers, seeds, x, recompute):
@@ -24,8 +35,7 @@ def blocks(run, layers, seeds, x, recompute):
     """
     import jax
 
-    kinds = [layer.use_sliding_window_attention for layer in layers]
-    size = 2 if kinds[0] != kinds[-1] or len(set(kinds)) > 1 else 1
+    size = len({layer.use_sliding_window_attention for layer in layers})
     turns = len(layers) // size
     bodies = [layers[i * size : (i + 1) * size] for i in range(turns)]
     values = [[v for layer in body for v in layer.variables] for body in bodies]
@@ -61,11 +71,9 @@ def blocks(run, layers, seeds, x, recompute):
         some = ops.reshape(seeds[: turns * size], (turns, size, -1))
     turn = (ops.arange(turns), whole, some)
     x, _ = jax.lax.scan(lambda x, turn: (step(x, turn), None), x, turn)
-    for i in range(turns * size, len(layers)):
-        seed = None if seeds is None else seeds[i]
-        one = lambda x: run(layers[i], seed, x)  # noqa: E731
-        x = (jax.checkpoint(one) if recompute else one)(x)
-    return x
+    done = turns * size
+    rest = None if seeds is None else seeds[done:]
+    return unrolled(run, layers[done:], rest, x, recompute)
 
 
 def _pick(number, turns):

@@ -20,8 +20,6 @@ from keras_gemma_ft.model import kernels
 _CHUNK_BYTES = 24 * 2**20
 # Fewer tokens take longer to read the table than to multiply by it.
 _LEAST, _MOST = 256, 1024
-# exp(64) over 2**20 words is 6e33: up to this cap no maximum is subtracted.
-_SAFE_CAP = 64.0
 
 
 def chunk_size(tokens, vocabulary_size, requested=0, *, by_words=False):
@@ -118,14 +116,14 @@ class _Chunk:
 
     def losses(self, h, table, y):
         """float32 [C]; differentiable in h and table."""
-        z = _logits(h, table, self.cap)
+        z = kernels.logits(h, table, self.cap)
         right = ops.take_along_axis(z, y[:, None], axis=-1)[:, 0]
         return ops.logsumexp(z, axis=-1) - right
 
     def losses_and_dh(self, h, table, y):
         """(float32 [C], [C, d]), not differentiable."""
         table = ops.cast(table, h.dtype)
-        z = _logits(h, table, self.cap)
+        z = kernels.logits(h, table, self.cap)
         total = ops.logsumexp(z, axis=-1, keepdims=True)
         right = ops.take_along_axis(z, y[:, None], axis=-1)
         dz = ops.exp(z - total) - ops.one_hot(y, z.shape[-1], dtype=z.dtype)
@@ -140,12 +138,6 @@ def _columns(x, first, size):
     return ops.slice(x, (0, first), (x.shape[0], size))
 
 
-def _logits(h, table, cap):
-    """z, float32 [C, V], of h [C, d]."""
-    z = ops.matmul(h, ops.transpose(ops.cast(table, h.dtype)))
-    return kernels.soft_cap(ops.cast(z, "float32"), cap)
-
-
 def _by_words(hidden, cap):
     """Whether the losses of a chunk are summed over blocks of words.
 
@@ -153,7 +145,7 @@ def _by_words(hidden, cap):
     right word and E itself would each be rounded before they cancel.
     """
     kind = keras.backend.standardize_dtype(hidden.dtype)
-    return kind == "float32" and cap is not None and cap <= _SAFE_CAP
+    return kind == "float32" and cap is not None and cap <= kernels.SAFE_CAP
 
 
 def _in_blocks(one, h, table, y):
