@@ -174,6 +174,12 @@ class Model:
         "does so from 16 blocks on",
         ("auto", "on", "off"),
     )
+    compile: str = setting(
+        "auto",
+        "Torch: compile a decoder block for all layers (torch.compile); auto "
+        "does so on a GPU",
+        ("auto", "on", "off"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -177,6 +177,8 @@ def start(cfg):
         os.environ.setdefault(
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2"
         )
+    if backend == "torch" and (folder := config.cache_folder("torch")):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
     logging.set_verbosity(logging.WARNING)
     say(f"backend: {backend} ({why})")
     return backend

@@ -30,6 +30,7 @@ def hidden_states(
     *,
     recompute=False,
     scan=False,
+    blocks=None,
     seed=None,
     cache=None,
 ):
@@ -43,6 +44,7 @@ def hidden_states(
         positions: int [B, T], for the rotary embedding.
         recompute: keep only each block's input for the backward pass.
         scan: JAX only: one loop over the blocks; see `scan.py`.
+        blocks: Torch only: `compiled.Blocks`, which recompute by themselves.
         seed: uint32 [2] for dropout; None is no dropout.
         cache: `new_cache(...)` when decoding.
 
@@ -56,7 +58,9 @@ def hidden_states(
     root = ops.cast(np.sqrt(backbone.hidden_dim), backbone.compute_dtype)
     x = ops.cast(x, residual) * ops.cast(root, residual)
     rope = _rotary(positions, backbone.head_dim)
-    if cache is None:
+    if blocks is not None:
+        x = blocks(x, segment_ids, rope, _seeds(backbone, seed))
+    elif cache is None:
         look = _look(backbone, segment_ids)
 
         def run(block, seed, x):
@@ -65,9 +69,9 @@ def hidden_states(
                 return _block(backbone, look, rope, recompute, block, seed, x)
 
         loop = scan and keras.config.backend() == "jax"
-        blocks = scanned.blocks if loop else scanned.unrolled
+        through = scanned.blocks if loop else scanned.unrolled
         seeds = _seeds(backbone, seed)
-        x = blocks(run, backbone.transformer_layers, seeds, x, recompute)
+        x = through(run, backbone.transformer_layers, seeds, x, recompute)
     else:
         cache, look = _extend(backbone, cache, segment_ids)
         layers = []

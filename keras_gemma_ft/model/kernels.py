@@ -181,6 +181,35 @@ def norm(x, scale, epsilon, dtype):
     return own_gradient(forward, backward)(x, gain)
 
 
+def dropout(x, rate, first, second):
+    """Dropout on Torch, its mask a function of two integers and the place.
+
+    Keras seeds a generator of Torch's for each mask: the host would wait for
+    the seed, and a compiled block could not draw the mask again.
+
+    Args:
+        x: [N, d].
+        rate: share of zeros.
+        first, second: integer tensors without axes.
+    """
+    import torch
+
+    place = torch.arange(x.numel(), device=x.device).view(x.shape)
+    drawn = _mixed(_mixed(_mixed(first.long()) ^ place) + second.long())
+    kept = drawn >= int(rate * 2**32)
+    return torch.where(kept, x * (1.0 / (1.0 - rate)), torch.zeros_like(x))
+
+
+def _mixed(x):
+    """32 bits spread over 32 bits: C. Wellons' "lowbias32", in int64."""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    # Times 0x846CA68B, whose top bit apart: the product would pass 63 bits.
+    x = x ^ (x >> 15)
+    x = (x * 0x046CA68B + ((x & 1) << 31)) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
 _ROOT = math.sqrt(2 / math.pi)
 
 

@@ -194,8 +194,6 @@ class _Seed(keras.random.SeedGenerator):
 
     def __init__(self, value):
         self.value = value
-        # Keras's Torch dropout reads it to tell a seeded generator.
-        self._initial_seed = 0
 
     def next(self, ordered=True):
         return self.value
@@ -268,7 +266,10 @@ def _low(backbone, block, targets, x, seed):
                 [0, config.TARGETS.index(name)], seed.dtype
             )
             rate = backbone.lora.dropout
-            dropped = keras.random.dropout(x, rate, seed=_Seed(own))
+            if keras.config.backend() == "torch":
+                dropped = kernels.dropout(x, rate, own[0], own[1])
+            else:
+                dropped = keras.random.dropout(x, rate, seed=_Seed(own))
             yield kernels.matmul(dropped, matrix)
     elif len(targets) > 1:
         together = kernels.matmul(x, ops.concatenate(matrices, -1))

@@ -22,11 +22,13 @@ class Meter:
             there it is the most that the device can have waited.
         traces: {(kind, (rows, tokens)): count}: how often a "train" or "test"
             step was traced for a shape, which is once a compilation. Torch
-            compiles nothing; its count is of steps.
+            traces every step.
+        blocks: on Torch, `compiled.Blocks`, which count for themselves.
     """
 
     def __init__(self):
         self.seconds, self.traces = 0.0, collections.Counter()
+        self.blocks = None
 
     def note(self, kind, data):
         """Notes that a step on `data` is traced."""
@@ -35,14 +37,18 @@ class Meter:
     def compilations(self, kind):
         """{(rows, tokens): compilations} of a kind of step, smallest first.
 
-        On Torch each shape counts once.
+        On Torch they are the decoder block's, of both kinds of step; without
+        them each shape counts once.
         """
-        once = keras.config.backend() == "torch"
-        return {
-            shape: 1 if once else count
+        found = {
+            shape: count
             for (name, shape), count in sorted(self.traces.items())
             if name == kind
         }
+        if keras.config.backend() == "torch":
+            own = self.blocks.compilations if self.blocks else {}
+            found = {shape: own.get(shape, 1) for shape in found}
+        return found
 
 
 class Feed(DataAdapter):

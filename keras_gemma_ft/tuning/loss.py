@@ -11,6 +11,7 @@ words.
 """
 
 import dataclasses
+import functools
 
 import keras
 from keras import ops
@@ -20,9 +21,13 @@ from keras_gemma_ft.model import kernels, sharding
 CHUNK_BYTES = 24 * 2**20
 # Fewer tokens take longer to read the table than to multiply by it.
 _LEAST, _MOST = 256, 1024
+# Compiled, a chunk has logits in 16 bits alone: twice as many tokens fit.
+_COMPILED = 512
 
 
-def chunk_size(tokens, vocabulary_size, requested=0, *, by_words=False):
+def chunk_size(
+    tokens, vocabulary_size, requested=0, *, by_words=False, compiled=False
+):
     """Tokens whose float32 logits exist at once: about 24 MB of them.
 
     Two to four arrays of that size live together; larger ones leave a CPU's
@@ -32,7 +37,8 @@ def chunk_size(tokens, vocabulary_size, requested=0, *, by_words=False):
     if not size and by_words:
         size = _MOST
     if not size:
-        size = max(_LEAST, CHUNK_BYTES // (4 * vocabulary_size))
+        least = _COMPILED if compiled else _LEAST
+        size = max(least, CHUNK_BYTES // (4 * vocabulary_size))
     return min(size, tokens)
 
 
@@ -46,6 +52,7 @@ def token_loss(
     chunk=0,
     table_trained=False,
     training=True,
+    compiled=False,
 ):
     """Cross-entropy of every token that has a weight.
 
@@ -58,6 +65,7 @@ def token_loss(
         chunk: tokens a chunk; 0 picks by memory.
         table_trained: whether a gradient for `table` is wanted too.
         training: whether any gradient is wanted.
+        compiled: on Torch, whether a chunk's element-wise work is compiled.
 
     Returns:
         float32 [B, T], in nats; 0 where the weight is 0 (not multiplied by
@@ -65,7 +73,10 @@ def token_loss(
     """
     rows, t = y.shape
     by_words = not table_trained and _by_words(hidden, cap)
-    size = chunk_size(rows * t, table.shape[0], chunk, by_words=by_words)
+    compiled = compiled and not by_words
+    size = chunk_size(
+        rows * t, table.shape[0], chunk, by_words=by_words, compiled=compiled
+    )
     # Chunks take the same columns of every row: a batch that is split over
     # devices stays split. Equal chunks, for one compiled body.
     columns = min(t, -(-size // rows))
@@ -81,7 +92,7 @@ def token_loss(
     if not table_trained:
         run, table = _frozen, ops.stop_gradient(ops.convert_to_tensor(table))
     gradient = training and not table_trained
-    one = _Chunk(cap, columns, chunks, gradient, by_words)
+    one = _Chunk(cap, columns, chunks, gradient, by_words, compiled)
     losses = run(one, hidden, table, y, spread, most)
     back = ops.cast(ops.argsort(order, axis=1), "int32")
     losses = ops.take_along_axis(losses, back, axis=1)
@@ -98,6 +109,7 @@ class _Chunk:
         count: chunks.
         gradient: whether dh is wanted beside the losses.
         by_words: whether the table is taken in blocks; see `_in_blocks`.
+        compiled: whether Torch's compiler fuses what is element-wise.
     """
 
     cap: float | None
@@ -105,6 +117,7 @@ class _Chunk:
     count: int
     gradient: bool
     by_words: bool
+    compiled: bool = False
 
     def inputs(self, j, hidden, y, spread):
         """Chunk j: (h [C, d], y [C])."""
@@ -124,6 +137,9 @@ class _Chunk:
     def losses_and_dh(self, h, table, y):
         """(float32 [C], [C, d]), not differentiable."""
         table = ops.cast(table, h.dtype)
+        if self.compiled:
+            losses, dz = _compiled()(h @ table.T, y, self.cap)
+            return losses, dz @ table
         z = kernels.logits(h, table, self.cap)
         total = ops.logsumexp(z, axis=-1, keepdims=True)
         right = ops.take_along_axis(z, y[:, None], axis=-1)
@@ -132,6 +148,31 @@ class _Chunk:
             dz = dz * (1.0 - ops.square(z * (1.0 / self.cap)))
         dh = ops.matmul(ops.cast(dz, h.dtype), table)
         return (total - right)[:, 0], dh
+
+
+@functools.cache
+def _compiled():
+    import torch
+
+    return torch.compile(losses_and_dz, dynamic=False, fullgraph=True)
+
+
+def losses_and_dz(z, y, cap):
+    """Of Torch tensors: losses float32 [C], dz in z's dtype [C, V].
+
+    z [C, V] is not capped yet, y [C] the right words.
+    """
+    import torch
+
+    t = None if cap is None else torch.tanh(z.float() * (1.0 / cap))
+    z, kind = z.float() if cap is None else cap * t, z.dtype
+    total = torch.logsumexp(z, -1, keepdim=True)
+    right = z.gather(-1, y[:, None].long())
+    word = torch.arange(z.shape[-1], device=z.device)
+    dz = torch.exp(z - total) - (word == y[:, None]).float()
+    if cap is not None:
+        dz = dz * (1.0 - t * t)
+    return (total - right)[:, 0], dz.to(kind)
 
 
 def _columns(x, first, size):

@@ -14,6 +14,7 @@ def sft(
     chunk,
     table_trained,
     training=True,
+    compiled=False,
 ):
     """Token-weighted cross-entropy (supervised fine-tuning).
 
@@ -26,6 +27,7 @@ def sft(
         chunk: tokens whose logits exist at once; 0 picks by memory.
         table_trained: whether the table needs a gradient.
         training: whether anything needs a gradient.
+        compiled: on Torch, whether the head is compiled as the blocks are.
 
     Returns:
         float32 scalar.
@@ -39,5 +41,6 @@ def sft(
         chunk=chunk,
         table_trained=table_trained,
         training=training,
+        compiled=compiled,
     )
     return ops.sum(losses * ops.cast(sample_weight, "float32"))

@@ -96,22 +96,44 @@ def build(train, variables, *, steps, warmup, accumulation, float16):
 
 
 def _measure(optimizer):
-    """Notes the gradient's norm where the optimizer clips it.
+    """Notes the gradient's norm where the optimizer clips by it.
 
     On the instance: on Torch, Keras swaps in a fused optimizer for its own
     classes only, and a subclass would fall back to one op per variable.
     """
     norm = optimizer.add_variable((), dtype="float32", name="gradient_norm")
-    clip = optimizer._clip_gradients
+    limit = optimizer.global_clipnorm
 
     def measured(grads):
-        squares = [
-            ops.sum(ops.square(ops.cast(g, "float32")))
-            for g in grads
-            if g is not None
-        ]
-        norm.assign(ops.sqrt(sum(squares)))
-        return clip(grads)
+        found = _global_norm(grads)
+        norm.assign(found)
+        if not limit:
+            return grads
+        # As Keras's own: not finite where the norm is not.
+        return _times(grads, limit / ops.maximum(found, limit) + found * 0.0)
 
     optimizer.gradient_norm = norm
     optimizer._clip_gradients = measured
+
+
+def _global_norm(grads):
+    """The norm of all gradients as one vector, float32."""
+    grads = [g for g in grads if g is not None]
+    if keras.config.backend() == "torch":
+        import torch
+
+        # Two launches, not three a variable.
+        return torch.stack(
+            torch._foreach_norm([g.float() for g in grads])
+        ).norm()
+    squares = [ops.sum(ops.square(ops.cast(g, "float32"))) for g in grads]
+    return ops.sqrt(sum(squares))
+
+
+def _times(grads, factor):
+    """Every gradient times a scalar tensor."""
+    if keras.config.backend() == "torch" and None not in grads:
+        import torch
+
+        return torch._foreach_mul(grads, factor)
+    return [g if g is None else g * factor for g in grads]

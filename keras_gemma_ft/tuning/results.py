@@ -42,7 +42,7 @@ def _say_batches(facts, meter):
     listed = ", ".join(f"{rows}x{tokens}" for rows, tokens in shapes)
     count = facts["compiled_shapes"]
     compiled = f"{count} compilation{'s' * (count > 1)}, "
-    if keras.config.backend() == "torch":
+    if keras.config.backend() == "torch" and not meter.blocks:
         compiled = ""
     runtime.say(
         f"training step: {compiled}batches of {listed} (rows x tokens); "

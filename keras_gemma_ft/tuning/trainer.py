@@ -14,7 +14,14 @@ from keras import ops
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import examples, pipeline, sources
 from keras_gemma_ft.inference import evaluation
-from keras_gemma_ft.model import forward, hosts, lora, presets, quantize
+from keras_gemma_ft.model import (
+    compiled,
+    forward,
+    hosts,
+    lora,
+    presets,
+    quantize,
+)
 from keras_gemma_ft.tuning import (
     callbacks,
     checkpoint,
@@ -36,6 +43,7 @@ class FineTuner(keras.Model):
         accumulation: micro-batches an optimizer step.
         recompute: recompute each decoder block in the backward pass.
         scan: on JAX, compile one loop over the decoder blocks.
+        blocks: on Torch, `compiled.Blocks` of the decoder, or None.
         chunk: tokens whose logits exist at once; 0 picks by memory.
         seed: of dropout.
     """
@@ -48,6 +56,7 @@ class FineTuner(keras.Model):
         accumulation=1,
         recompute=False,
         scan=False,
+        blocks=None,
         chunk=0,
         seed=0,
     ):
@@ -58,6 +67,7 @@ class FineTuner(keras.Model):
         self.objective = objective
         self.accumulation = accumulation
         self.recompute, self.scan, self.chunk = recompute, scan, chunk
+        self.blocks = blocks
         settings = getattr(causal_lm.backbone, "lora", None)
         dropout = settings.dropout if settings else 0.0
         self.dropout = (
@@ -67,6 +77,7 @@ class FineTuner(keras.Model):
         )
         self.step, self.last_loss, self.stopped = 0, 0.0, None
         self.meter = feed.Meter()
+        self.meter.blocks = blocks
 
     @property
     def backbone(self):
@@ -97,6 +108,7 @@ class FineTuner(keras.Model):
             x["positions"],
             recompute=self.recompute and training,
             scan=self.scan,
+            blocks=self.blocks,
             seed=seed,
         )
 
@@ -113,6 +125,7 @@ class FineTuner(keras.Model):
             table_trained=training
             and self.backbone.token_embedding.embeddings.trainable,
             training=training,
+            compiled=self.blocks is not None,
         )
 
     def train_step(self, *args):
@@ -157,6 +170,7 @@ def build(cfg, loaded, *, steps, warmup):
         accumulation=accumulation,
         recompute=recompute(cfg, backbone),
         scan=scan(cfg, backbone),
+        blocks=blocks(cfg, backbone),
         chunk=cfg.train.loss_chunk,
         seed=cfg.seed,
     )
@@ -185,6 +199,20 @@ def scan(cfg, backbone):
     if cfg.model.scan == "auto":
         return backbone.num_layers >= 16
     return cfg.model.scan == "on"
+
+
+def blocks(cfg, backbone):
+    """`--model.compile`: `compiled.Blocks` of a decoder; None without."""
+    yes, why = compiled.wanted(cfg.model.compile)
+    if not yes:
+        return None
+    runtime.say(f"decoder blocks: compiled ({why})")
+    return compiled.Blocks(
+        backbone,
+        query_scale=forward.query_scale(backbone),
+        residual=forward.residual_dtype(backbone),
+        recompute=recompute(cfg, backbone),
+    )
 
 
 def run(cfg, backend):

@@ -1,0 +1,339 @@
+"""A decoder block of Torch as one compiled function that all layers use.
+
+Op by op, the host of a GPU launches thousands of small kernels a step and the
+GPU waits for it: 448 ms on the clock for 253 ms of kernels, 67 of them
+products (2B, 4 x 1024, H200). `torch.compile` fuses what is element-wise; the
+function takes a block's tensors as arguments, so that 26 layers are compiled
+once or, where a window cuts, twice. The equations are those of `forward`.
+
+What a block keeps for its backward pass is said, not left to the compiler,
+which would keep the inputs of all products too: x, q, k, v, what attention
+gives, both halves' results before their norms, gate and up. All else is formed
+again inside a region (`torch.utils.checkpoint`); dequantised kernels with it.
+
+Shapes: B batch, T tokens, d hidden, n query heads, k key/value heads, h
+head_dim, f ffw, r rank.
+"""
+
+import collections
+import dataclasses
+import functools
+
+import keras
+
+from keras_gemma_ft import config, runtime
+from keras_gemma_ft.model import kernels, lora, quantize, torch_attention
+
+# Targets that read the same input.
+_ATTENTION = ("query", "key", "value")
+_OUTPUT, _DOWN = ("attention_output",), ("ffw_linear",)
+_GATES = ("ffw_gating", "ffw_gating_2")
+_NORMS = (
+    "pre_attention_norm",
+    "post_attention_norm",
+    "pre_ffw_norm",
+    "post_ffw_norm",
+)
+# Lengths that a run may meet, two kinds of block, training and evaluation:
+# Dynamo would stop at 8 and go on uncompiled.
+_VERSIONS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What of a backbone is constant in the compiled function.
+
+    Attributes:
+        heads: {target of attention's inputs: heads}.
+        scale: of the queries.
+        cap: soft cap of attention's scores, or None.
+        epsilon: of the norms.
+        compute, residual: `torch.dtype`s.
+        quantized: mode of the kernels, or None.
+        low: s of s (x A) B, or None without LoRA.
+        dropout: rate on the adapters' input.
+    """
+
+    heads: dict
+    scale: float
+    cap: float | None
+    epsilon: float
+    compute: object
+    residual: object
+    quantized: str | None
+    low: float | None
+    dropout: float
+
+
+def wanted(asked):
+    """(whether `--model.compile=asked` compiles here, reason).
+
+    On a CPU Torch's own kernels are as fast as compiled ones, whose C++ takes
+    half a minute to compile.
+    """
+    if keras.config.backend() != "torch":
+        return False, "the backend compiles by itself or not at all"
+    import torch
+
+    if asked != "auto":
+        return asked == "on", "--model.compile says so"
+    if not torch.cuda.is_available():
+        return False, "no GPU"
+    if torch.cuda.get_device_capability() < (7, 0):
+        return False, "Triton needs compute capability 7.0"
+    return True, "a GPU"
+
+
+class Blocks:
+    """The decoder's blocks, compiled.
+
+    Args:
+        backbone: `GemmaBackbone`, its adapters and stored kernels in place.
+        query_scale: `forward.query_scale(backbone)`.
+        residual: dtype of the residual stream.
+        recompute: keep only the blocks' inputs for the backward pass.
+
+    Attributes:
+        compilations: {(rows, tokens): graphs compiled for it}.
+    """
+
+    def __init__(self, backbone, *, query_scale, residual, recompute=False):
+        import torch
+
+        # Not a context: it holds for compilations in the backward pass too.
+        torch._dynamo.config.recompile_limit = max(
+            _VERSIONS, torch._dynamo.config.recompile_limit
+        )
+        self.backbone, self.recompute = backbone, recompute
+        settings = getattr(backbone, "lora", None)
+        n, k = backbone.num_query_heads, backbone.num_key_value_heads
+        self.facts = Facts(
+            heads={"query": n, "key": k, "value": k},
+            scale=query_scale,
+            cap=backbone.attention_logit_soft_cap,
+            epsilon=backbone.transformer_layers[0].pre_attention_norm.epsilon,
+            compute=getattr(torch, backbone.compute_dtype),
+            residual=getattr(torch, residual),
+            quantized=getattr(backbone, "quantize_mode", None),
+            low=lora.scale(backbone) if settings else None,
+            dropout=settings.dropout if settings else 0.0,
+        )
+        self.attention = torch_attention.choose(
+            backbone, self.facts.compute, self.facts.cap
+        )
+        self.compilations = collections.Counter()
+        self._shape = None
+        attention, facts = self.attention, self.facts
+
+        def run(*args):
+            return _block(attention, facts, *args)
+
+        self._run = torch.compile(
+            run, dynamic=False, fullgraph=True, backend=self._compile
+        )
+
+    def _compile(self, graph, inputs):
+        """Inductor, counted."""
+        from torch._inductor.compile_fx import compile_fx
+
+        if not self.compilations:
+            runtime.say(
+                "compiling the decoder's block for this GPU and this shape: "
+                "half a minute to a minute, seconds from the cache; once more "
+                "for each kind of block and length"
+            )
+        self.compilations[self._shape] += 1
+        return compile_fx(graph, inputs)
+
+    def __call__(self, x, segment_ids, rope, seeds):
+        """x [B, T, d] through every block.
+
+        Args:
+            x: the scaled embeddings.
+            segment_ids: int [B, T].
+            rope: (cos, sin), float32 [B, 1, T, h/2].
+            seeds: integers [layers, 2] of dropout, or None.
+        """
+        import torch
+
+        backbone, self._shape = self.backbone, tuple(x.shape[:2])
+        window = None
+        if backbone.use_sliding_window_attention:
+            window = backbone.sliding_window_size
+        looks = self.attention.looks(segment_ids, window)
+        trained = torch.is_grad_enabled()
+        # As in every other block, which so is the same function.
+        x = x.detach().requires_grad_(trained)
+        for i, block in enumerate(backbone.transformer_layers):
+            look = looks[bool(block.use_sliding_window_attention)]
+            seed = None if seeds is None else seeds[i]
+            x = self._run(
+                tensors(backbone, block), look, rope, seed, x,
+                self.recompute and trained,
+            )  # fmt: skip
+        return x
+
+
+def tensors(backbone, block):
+    """{name: tensor} of a block: norms, kernels or what is stored, A and B."""
+    found = {
+        name: getattr(block, name).scale.value
+        for name in _NORMS
+        if getattr(block, f"use_{name}", True)
+    }
+    settings = getattr(backbone, "lora", None)
+    adapted = config.targets(settings) if settings else ()
+    for target in config.TARGETS:
+        dense = lora.layer(block, target)
+        if getattr(dense, "stored", None):
+            found[target] = {k: v.value for k, v in dense.stored.items()}
+        else:
+            found[target] = dense._kernel.value
+        if target in adapted:
+            found[f"{target}/a"] = dense.lora_kernel_a.value
+            found[f"{target}/b"] = dense.lora_kernel_b.value
+    return found
+
+
+def _block(attention, facts, weights, look, rope, seed, x, recompute):
+    """One decoder block: x [B, T, d] -> x."""
+    from torch.utils import checkpoint
+
+    # Dropout needs no random state: its masks are functions of a seed.
+    run = functools.partial(
+        checkpoint.checkpoint, _halves, use_reentrant=False,
+        preserve_rng_state=False,
+    )  # fmt: skip
+    if not recompute:
+        run = functools.partial(run, context_fn=_contexts)
+    return run(attention, facts, weights, look, rope, seed, x)
+
+
+def _contexts():
+    from torch.utils import checkpoint
+
+    return checkpoint.create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context, op, *args, **kwargs):
+    """What is kept without recomputation: what `keep` made, and fused
+    attention's results."""
+    import torch
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    marked = kwargs.get("memory_format") is torch.preserve_format
+    kept = marked and op is torch.ops.aten.clone.default
+    kept = kept or "flex_attention" in str(op)
+    return (
+        CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.MUST_RECOMPUTE
+    )
+
+
+def _halves(attention, facts, weights, look, rope, seed, x):
+    normed = _norm(facts, x, weights["pre_attention_norm"], facts.compute)
+    q, k, v = (
+        y.unflatten(-1, (facts.heads[target], -1))
+        for target, y in zip(
+            _ATTENTION, _project(facts, weights, _ATTENTION, seed, normed)
+        )
+    )
+    q, k = _rotated(q, rope, facts.scale), _rotated(k, rope, 1.0)
+    # Heads before tokens by strides alone: nothing is moved.
+    q, k, v = (torch_attention.keep(y).transpose(1, 2) for y in (q, k, v))
+    out = attention.attend(q, k, v, look).transpose(1, 2).flatten(2)
+    (attended,) = _project(facts, weights, _OUTPUT, seed, out)
+    x = x + _post(facts, weights, "post_attention_norm", torch_attention.keep(attended))
+    x = torch_attention.keep(x)
+    normed = _norm(facts, x, weights["pre_ffw_norm"], facts.compute)
+    gate, up = _project(facts, weights, _GATES, seed, normed)
+    out = _gated(torch_attention.keep(gate), torch_attention.keep(up))
+    (down,) = _project(facts, weights, _DOWN, seed, out)
+    return x + _post(facts, weights, "post_ffw_norm", torch_attention.keep(down))
+
+
+def _gated(gate, up):
+    from torch.nn import functional
+
+    return functional.gelu(gate, approximate="tanh") * up
+
+
+def _rotated(y, rope, scale):
+    """y [B, T, heads, h], turned by its position in float32."""
+    import torch
+
+    cos, sin = (angle.transpose(1, 2) for angle in rope)
+    first, second = y.float().chunk(2, -1)
+    turned = torch.cat(
+        [first * cos - second * sin, second * cos + first * sin], -1
+    )
+    return (turned * scale).to(y.dtype)
+
+
+def _norm(facts, x, scale, dtype):
+    """RMSNorm times (1 + scale), in float32."""
+    import torch
+
+    x = x.float()
+    root = torch.rsqrt(x.square().mean(-1, keepdim=True) + facts.epsilon)
+    return (x * root * (1.0 + scale.float())).to(dtype)
+
+
+def _post(facts, weights, name, value):
+    """A half's result, normalised where the model has that norm."""
+    if name in weights:
+        return _norm(facts, value, weights[name], facts.residual)
+    return value.to(facts.residual)
+
+
+def _project(facts, weights, targets, seed, x):
+    """x W + s (x A) B of targets that read the same x; see `lora.project`."""
+    import torch
+
+    shape, x = x.shape[:-1], x.flatten(0, -2)
+    adapted = [name for name in targets if f"{name}/a" in weights]
+    matrices = [
+        _matrix(name, weights[f"{name}/a"]).to(x.dtype) for name in adapted
+    ]
+    if facts.dropout and seed is not None:
+        low = [
+            _dropped(facts, seed, name, x) @ matrix
+            for name, matrix in zip(adapted, matrices)
+        ]
+    elif matrices:
+        low = (x @ torch.cat(matrices, -1)).split(
+            [matrix.shape[-1] for matrix in matrices], -1
+        )
+    else:
+        low = []
+    low = dict(zip(adapted, low))
+    found = []
+    for name in targets:
+        y = x @ _kernel(facts, name, weights[name], x.dtype)
+        if name in low:
+            b = weights[f"{name}/b"].to(x.dtype).flatten(1)
+            # [B T, r] or, with an A for each head, [B T n, r].
+            u = low[name].reshape(-1, b.shape[0])
+            y = y + (u @ (facts.low * b)).reshape(y.shape)
+        found.append(y.unflatten(0, shape))
+    return found
+
+
+def _dropped(facts, seed, name, x):
+    """Each target has its own mask, as in PEFT."""
+    return kernels.dropout(
+        x, facts.dropout, seed[0], seed[1] + config.TARGETS.index(name)
+    )
+
+
+def _kernel(facts, name, stored, dtype):
+    """A frozen or trained kernel as the matrix [in, out]."""
+    if isinstance(stored, dict):
+        stored = quantize.decode(stored, facts.quantized, dtype)
+    return _matrix(name, stored.to(dtype))
+
+
+def _matrix(target, kernel):
+    """As `lora.project` takes a kernel, or an A: [in, out]."""
+    if target in _ATTENTION and kernel.ndim == 3:  # [n, d, h]
+        return kernel.transpose(0, 1).flatten(1)
+    return kernel.flatten(0, -2)
