@@ -134,8 +134,6 @@ class Blocks:
 
     def _compile(self, graph, inputs):
         """Inductor, counted."""
-        from torch._inductor.compile_fx import compile_fx
-
         if not self.compilations:
             runtime.say(
                 "compiling the decoder's block for this GPU and this shape: "
@@ -143,7 +141,7 @@ class Blocks:
                 "for each kind of block and length"
             )
         self.compilations[self._shape] += 1
-        return compile_fx(graph, inputs)
+        return inductor(graph, inputs)
 
     def __call__(self, x, segment_ids, rope, seeds):
         """x [B, T, d] through every block.
@@ -156,6 +154,8 @@ class Blocks:
         """
         import torch
 
+        if x.is_meta:  # Keras infers shapes, which stay the same.
+            return x
         backbone, self._shape = self.backbone, tuple(x.shape[:2])
         window = None
         if backbone.use_sliding_window_attention:
@@ -172,6 +172,13 @@ class Blocks:
                 self.recompute and trained,
             )  # fmt: skip
         return x
+
+
+def inductor(graph, inputs):
+    """Torch's own compiler."""
+    from torch._inductor import compile_fx
+
+    return compile_fx.compile_fx(graph, inputs)
 
 
 def tensors(backbone, block):
