@@ -18,6 +18,7 @@ head_dim, f ffw, r rank.
 import collections
 import dataclasses
 import functools
+import logging
 
 import keras
 
@@ -104,6 +105,8 @@ class Blocks:
         torch._dynamo.config.recompile_limit = max(
             _VERSIONS, torch._dynamo.config.recompile_limit
         )
+        # It warns of operations in place; there are none.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel("ERROR")
         self.backbone, self.recompute = backbone, recompute
         settings = getattr(backbone, "lora", None)
         n, k = backbone.num_query_heads, backbone.num_key_value_heads
@@ -162,8 +165,9 @@ class Blocks:
             window = backbone.sliding_window_size
         looks = self.attention.looks(segment_ids, window)
         trained = torch.is_grad_enabled()
-        # As in every other block, which so is the same function.
-        x = x.detach().requires_grad_(trained)
+        if not x.requires_grad:
+            # As in every other block, which so is the same function.
+            x = x.detach().requires_grad_(trained)
         for i, block in enumerate(backbone.transformer_layers):
             look = looks[bool(block.use_sliding_window_attention)]
             seed = None if seeds is None else seeds[i]
