@@ -163,6 +163,9 @@ class Blocks:
         window = None
         if backbone.use_sliding_window_attention:
             window = backbone.sliding_window_size
+        pairs = quantize.PAIRS.get(self.facts.quantized)
+        if pairs is not None:
+            pairs = torch.as_tensor(pairs, device=x.device)
         looks = self.attention.looks(segment_ids, window)
         trained = torch.is_grad_enabled()
         if not x.requires_grad:
@@ -172,7 +175,7 @@ class Blocks:
             look = looks[bool(block.use_sliding_window_attention)]
             seed = None if seeds is None else seeds[i]
             x = self._run(
-                tensors(backbone, block), look, rope, seed, x,
+                tensors(backbone, block, pairs), look, rope, seed, x,
                 self.recompute and trained,
             )  # fmt: skip
         return x
@@ -185,8 +188,14 @@ def inductor(graph, inputs):
     return compile_fx.compile_fx(graph, inputs)
 
 
-def tensors(backbone, block):
-    """{name: tensor} of a block: norms, kernels or what is stored, A and B."""
+def tensors(backbone, block, pairs=None):
+    """{name: tensor} of a block: norms, kernels or what is stored, A and B.
+
+    Args:
+        backbone: the model.
+        block: one of its decoder blocks.
+        pairs: `quantize.PAIRS` of the mode in which kernels are stored.
+    """
     found = {
         name: getattr(block, name).scale.value
         for name in _NORMS
@@ -196,8 +205,10 @@ def tensors(backbone, block):
     adapted = config.targets(settings) if settings else ()
     for target in config.TARGETS:
         dense = lora.layer(block, target)
-        if getattr(dense, "stored", None):
+        if dense._kernel is None:
             found[target] = {k: v.value for k, v in dense.stored.items()}
+            if pairs is not None:
+                found[target]["pairs"] = pairs
         else:
             found[target] = dense._kernel.value
         if target in adapted:
@@ -339,7 +350,9 @@ def _dropped(facts, seed, name, x):
 def _kernel(facts, name, stored, dtype):
     """A frozen or trained kernel as the matrix [in, out]."""
     if isinstance(stored, dict):
-        stored = quantize.decode(stored, facts.quantized, dtype)
+        pairs = stored.get("pairs")
+        stored = {k: v for k, v in stored.items() if k != "pairs"}
+        stored = quantize.decode(stored, facts.quantized, dtype, pairs)
     return _matrix(name, stored.to(dtype))
 
 

@@ -57,12 +57,13 @@ def enable(backbone, settings, *, seed=0):
         for name in names
         if settings.style == "keras" or name not in _HEADS
     ]
-    backbone.enable_lora(settings.rank, target_layer_names=stock)
-    if settings.style == "standard":
-        for block in backbone.transformer_layers:
-            for name in names:
-                if name in _HEADS:
-                    _add_standard(layer(block, name), settings.rank)
+    with quantize.shown(layers(backbone)):
+        backbone.enable_lora(settings.rank, target_layer_names=stock)
+        if settings.style == "standard":
+            for block in backbone.transformer_layers:
+                for name in names:
+                    if name in _HEADS:
+                        _add_standard(layer(block, name), settings.rank)
     backbone.lora = settings
     write(backbone, initial(backbone, seed=seed))
 

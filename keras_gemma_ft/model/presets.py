@@ -48,15 +48,21 @@ def open(cfg, *, full=False):
     if full and dtype != "float32":
         dtype = f"mixed_{dtype}"
     sharding.start(cfg, lambda: _bytes(cfg.preset, dtype))
-    loaded = load(cfg.preset, dtype=dtype)
+    loaded = load(cfg.preset, dtype=dtype, quantize=cfg.model.quantize)
     backbone = loaded.causal_lm.backbone
     runtime.say(
-        f"model: {cfg.preset}, {backbone.count_params():,} parameters, "
+        f"model: {cfg.preset}, {parameters(backbone):,} parameters, "
         f"{backbone.num_layers} layers, {len(backbone.variables)} variables "
         f"loaded once each, sha256 {loaded.fingerprint[:12]}"
     )
     runtime.say(f"weights: {sharding.describe(backbone.variables)}")
     return loaded
+
+
+def parameters(backbone):
+    """Numbers in a backbone's weights, however they are stored."""
+    shapes = names.variable_shapes(backbone.get_config())
+    return sum(map(math.prod, shapes.values()))
 
 
 def _bytes(preset, dtype):
@@ -76,12 +82,13 @@ def _bytes(preset, dtype):
     return width * sum(map(math.prod, shapes.values()))
 
 
-def load(preset, *, dtype="float32"):
+def load(preset, *, dtype="float32", quantize="none"):
     """Loads a Gemma 2 and its tokenizer.
 
     Args:
         preset: see the module's docstring.
         dtype: Keras dtype policy of the weights and the computation.
+        quantize: how the decoder's kernels are stored.
 
     Returns:
         `Loaded(causal_lm, tokenizer, fingerprint)`: a `GemmaCausalLM` without
@@ -101,7 +108,9 @@ def load(preset, *, dtype="float32"):
     read = _from_keras_hub
     if _is_huggingface(source):
         read = _read_huggingface
-    backbone, fingerprint = weights.once(source, lambda: read(source, dtype))
+    backbone, fingerprint = weights.once(
+        source, lambda: read(source, dtype), quantize
+    )
     backbone.preset = preset
     tokenizer = tokens.Tokenizer(_tokenizer_proto(source))
     if tokenizer.vocabulary_size > backbone.vocabulary_size:

@@ -13,16 +13,18 @@ import numpy as np
 from keras import ops
 
 from keras_gemma_ft import config
-from keras_gemma_ft.model import sharding
+from keras_gemma_ft.model import lora, quantize, sharding
 
 
-def once(source, make):
+def once(source, make, mode="none"):
     """A model that is loaded without being initialised.
 
     Args:
         source: where the model comes from, for the error.
         make: function that builds a model, assigns a host array to each of
             its variables, and returns it.
+        mode: how the decoder's kernels are stored; see `quantize`. They are
+            encoded as they are read: no device ever holds one of them.
 
     Returns:
         (model, sha256 over every variable's name, shape, and up to 997 of
@@ -32,7 +34,7 @@ def once(source, make):
         UserError: a variable that was not assigned exactly once. Keras before
             3.15.0 could skip variables of a sharded file in silence.
     """
-    empty, samples = {}, {}
+    empty, samples, encoded = {}, {}, {}
     kind = keras.Variable
     # Keras's only public way to variables without values is StatelessScope,
     # which keeps a private list of them and leaves Torch without parameters.
@@ -44,15 +46,18 @@ def once(source, make):
         # Stands in for the value while Keras infers shapes.
         variable._initializer = keras.initializers.Zeros()
         if keras.config.backend() == "torch":
-            # A module wants its parameters; this one's memory is untouched.
-            value = ops.empty(variable._shape, dtype=variable._dtype)
-            variable._initialize(value)
+            _leave_empty_on_torch(variable, meta=stored(variable))
+
+    def stored(variable):
+        return mode != "none" and variable.path.endswith("/kernel")
 
     def fill(variable, value):
         if id(variable) not in empty:
             return assign(variable, value)
         value = _host_array(variable, value)
-        if id(variable) not in samples:
+        if id(variable) not in samples and stored(variable):
+            encoded[id(variable)] = quantize.encode(value, mode)
+        elif id(variable) not in samples:
             _put(variable, value)
         samples.setdefault(id(variable), []).append(_sample(value))
         return value
@@ -60,14 +65,36 @@ def once(source, make):
     kind.assign, kind._initialize_with_initializer = fill, leave_empty
     try:
         model = make()
+        _check(source, model, samples)
+        # Of the weights as they were read, however they are stored.
+        digest = hashlib.sha256()
+        for v in model.variables:
+            digest.update(f"{v.path} {tuple(v.shape)}".encode())
+            digest.update(samples[id(v)][0])
+        for dense in lora.layers(model) if encoded else ():
+            values = encoded.pop(id(dense._kernel))
+            quantize.attach(dense, values, mode)
     finally:
         kind.assign, kind._initialize_with_initializer = assign, initialize
-    _check(source, model, samples)
-    digest = hashlib.sha256()
-    for v in model.variables:
-        digest.update(f"{v.path} {tuple(v.shape)}".encode())
-        digest.update(samples[id(v)][0])
+    model.quantize_mode = mode
     return model, digest.hexdigest()
+
+
+def _leave_empty_on_torch(variable, meta):
+    """A module wants its parameters; this one's memory is untouched.
+
+    Args:
+        variable: has no value yet.
+        meta: whether it never gets one, and so no memory.
+    """
+    if not meta:
+        variable._initialize(ops.empty(variable._shape, dtype=variable._dtype))
+        return
+    import torch
+
+    kind = getattr(torch, variable._dtype)
+    value = torch.empty(variable._shape, dtype=kind, device="meta")
+    variable._value = torch.nn.Parameter(value, requires_grad=False)
 
 
 def _check(source, model, samples):

@@ -160,7 +160,9 @@ def build(cfg, loaded, *, steps, warmup):
     backbone = loaded.causal_lm.backbone
     if cfg.lora.rank:
         lora.enable(backbone, cfg.lora, seed=cfg.seed)
-    if cfg.model.quantize != "none":
+    mode = getattr(backbone, "quantize_mode", "none")
+    if cfg.model.quantize != mode:
+        # A model that was not loaded by `presets.open`, such as the planner's.
         quantize.apply(backbone, lora.layers(backbone), cfg.model.quantize)
     _, accumulation = pipeline.micro_batches(
         cfg.data.batch_size, cfg.data.micro_batch_size
