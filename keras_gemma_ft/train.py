@@ -6,7 +6,7 @@ python -m keras_gemma_ft.train --preset=gemma2_2b_en --data.train=mine.jsonl
     tunes the real one on your records.
 """
 
-from keras_gemma_ft import config, runtime, workers
+from keras_gemma_ft import config, runtime
 
 
 def train(cfg):
@@ -17,6 +17,8 @@ def train(cfg):
             f"makes a new adapter. To go on with an interrupted run give its "
             f"--run_dir."
         )
+    from keras_gemma_ft import workers
+
     workers.watch()
     if (count := workers.wanted(cfg)) > 1:
         return workers.run(cfg, count)

@@ -169,6 +169,18 @@ def _one(backend, here, asked):
     return 1
 
 
+def say_one(cfg, backend):
+    """Says what a verb leaves unused that starts no processes."""
+    here = gpus() if runtime.uses_cuda(backend) else []
+    if backend == "torch" and len(here) > 1:
+        runtime.say(f"hosts: one GPU of {len(here)} is used; train uses all")
+    elif cfg.hosts.local not in ("auto", "1"):
+        runtime.say(
+            f"hosts: --hosts.local={cfg.hosts.local} is for train; this is one "
+            f"process"
+        )
+
+
 def run(cfg, count, module="keras_gemma_ft.train"):
     """Runs `cfg` as `count` processes of this machine; waits for them.
 
