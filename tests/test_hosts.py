@@ -353,7 +353,11 @@ def test_no_process_outlives_the_one_that_started_it(
     started = wait_for(lambda: len(children()) == 2 and children())
     parent.kill()
     parent.wait()
-    wait_for(lambda: not any(alive(pid) for pid in started))
+    try:
+        wait_for(lambda: not any(map(alive, started)))
+    finally:
+        for pid in filter(alive, started):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def alive(pid):
