@@ -5,6 +5,7 @@ Precedence: default < the embedded model's recipe < `--config` file < flags.
 
 import math
 import pathlib
+import re
 import runpy
 import traceback
 
@@ -226,6 +227,11 @@ def check(config):
     refuse(
         not 0 < train.learning_rate < math.inf,
         f"--train.learning_rate={train.learning_rate}: expected above 0.",
+    )
+    refuse(
+        not re.fullmatch(r"auto|[1-9]\d*", config.hosts.local),
+        f"--hosts.local={config.hosts.local}: expected auto or the number of "
+        f"processes of this machine, as in --hosts.local=2.",
     )
     refuse(config.seed < 0, f"--seed={config.seed}: expected 0 or more.")
     refuse(

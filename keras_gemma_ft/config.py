@@ -186,9 +186,9 @@ class Model:
 class Hosts:
     count: int = setting(
         0,
-        "JAX: processes of the job, one a host; -1 asks the cluster (TPU pod, "
-        "Slurm, Kubernetes, MPI); 0 is $KERAS_DISTRIBUTION_NUM_PROCESSES, "
-        "else one",
+        "processes of the job, one a host (JAX, Torch); -1 asks the cluster "
+        "(JAX: TPU pod, Slurm, Kubernetes, MPI); 0 is "
+        "$KERAS_DISTRIBUTION_NUM_PROCESSES, else one",
     )
     index: int = setting(
         -1,
@@ -198,6 +198,12 @@ class Hosts:
         "",
         "address:port of process 0; '' is the first of "
         "$KERAS_DISTRIBUTION_JOB_ADDRESSES",
+    )
+    local: str = setting(
+        "auto",
+        "Torch: processes that train starts on this machine, a GPU each; "
+        "'auto' is one for each GPU, as far as the batch divides, else a "
+        "number",
     )
 
 

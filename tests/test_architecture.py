@@ -21,7 +21,8 @@ BELOW = {
     "embedded": {"config", "runtime"},
     "data": {"config"},
     "formats": {"config"},
-    "model": {"config", "runtime", "embedded", "data", "formats"},
+    "workers": {"config", "runtime", "data"},
+    "model": {"config", "runtime", "workers", "embedded", "data", "formats"},
 }
 BELOW["inference"] = BELOW["model"] | {"model"}
 BELOW["tuning"] = BELOW["inference"] | {"inference"}

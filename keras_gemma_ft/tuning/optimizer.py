@@ -5,6 +5,8 @@ import math
 import keras
 from keras import ops
 
+from keras_gemma_ft.model import hosts
+
 _KINDS = {
     "adamw": keras.optimizers.AdamW,
     "adam": keras.optimizers.Adam,
@@ -92,6 +94,9 @@ def build(train, variables, *, steps, warmup, accumulation, float16):
     scaled = keras.optimizers.LossScaleOptimizer(optimizer, name="scaled")
     scaled.build(variables)
     scaled.gradient_norm = optimizer.gradient_norm
+    # A micro-batch that one process leaves out, all must leave out.
+    finite = scaled.check_finite
+    scaled.check_finite = lambda grads: hosts.every(finite(grads))
     return scaled
 
 
@@ -105,6 +110,7 @@ def _measure(optimizer):
     limit = optimizer.global_clipnorm
 
     def measured(grads):
+        grads = _of_all(grads)
         found = _global_norm(grads)
         norm.assign(found)
         if not limit:
@@ -114,6 +120,15 @@ def _measure(optimizer):
 
     optimizer.gradient_norm = norm
     optimizer._clip_gradients = measured
+
+
+def _of_all(grads):
+    """Gradients of the whole batch: summed over processes, once a step."""
+    given = [i for i, g in enumerate(grads) if g is not None]
+    found = list(grads)
+    for i, g in zip(given, hosts.summed([grads[i] for i in given])):
+        found[i] = g
+    return found
 
 
 def _global_norm(grads):

@@ -63,7 +63,7 @@ def device(backend):
         import torch
 
         if torch.cuda.is_available():
-            return torch.cuda.get_device_name(0)
+            return f"{hosts.count()} x {torch.cuda.get_device_name(0)}"
         return "cpu"
     import tensorflow as tf
 

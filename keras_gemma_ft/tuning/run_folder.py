@@ -29,6 +29,7 @@ _FREE = {
     "hosts.count",
     "hosts.index",
     "hosts.coordinator",
+    "hosts.local",
     "data.cache",
     "train.time_budget",
     "train.keep_checkpoints",

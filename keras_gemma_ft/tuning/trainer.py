@@ -152,7 +152,7 @@ class FineTuner(keras.Model):
             verbose=0,
             return_dict=True,
         )
-        return float(logs["loss"])
+        return hosts.total(float(logs["loss"]))
 
 
 def build(cfg, loaded, *, steps, warmup):
