@@ -10,7 +10,7 @@ from scipy import stats
 import tiny
 from keras_gemma_ft import config
 from keras_gemma_ft.embedded import model
-from keras_gemma_ft.model import forward, lora, quantize
+from keras_gemma_ft.model import codes, forward, lora, quantize
 
 MODES = {"int8": 0.007, "int4": 0.12, "nf4": 0.1}
 
@@ -22,7 +22,7 @@ def test_nf4_is_the_papers_sixteen_quantiles():
     below = -stats.norm.ppf(np.linspace(offset, 0.5, 8)[:-1])
     levels = np.sort(np.concatenate([above, [0.0], below]))
     levels /= np.abs(levels).max()
-    np.testing.assert_allclose(quantize.NF4, levels, atol=1e-6)
+    np.testing.assert_allclose(codes.NF4, levels, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -35,7 +35,7 @@ def test_round_trip(mode, shape):
     assert back.shape == shape
     assert error < MODES[mode]
     # No element is further than half the widest gap of its block's levels.
-    block = quantize.block_size(shape[-1])
+    block = codes.block_size(shape[-1])
     absmax = np.abs(kernel.reshape(-1, block)).max(-1, keepdims=True)
     gap = {"int8": 1 / 127, "int4": 1 / 7, "nf4": 0.3039}[mode]
     distance = np.abs(back - kernel).reshape(-1, block)
@@ -53,7 +53,7 @@ def test_bits_a_weight(mode, bits):
 
 def test_an_odd_axis_is_refused():
     with pytest.raises(config.UserError, match="odd"):
-        quantize.block_size(7)
+        codes.block_size(7)
 
 
 def _tuned(mode):

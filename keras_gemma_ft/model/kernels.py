@@ -10,6 +10,7 @@ import math
 import keras
 from keras import ops
 
+from keras_gemma_ft.model import tables
 
 # exp(64) over 2**20 terms is 6e33: up to this cap a sum of exponentials in
 # float32 needs no maximum subtracted.
@@ -140,8 +141,7 @@ def soft_cap(x, cap):
 
 def logits(hidden, table, cap):
     """Soft-capped float32 logits [..., V] of hidden [..., d], table [V, d]."""
-    z = ops.matmul(hidden, ops.transpose(ops.cast(table, hidden.dtype)))
-    return soft_cap(ops.cast(z, "float32"), cap)
+    return soft_cap(ops.cast(tables.times(hidden, table), "float32"), cap)
 
 
 def norm(x, scale, epsilon, dtype):
