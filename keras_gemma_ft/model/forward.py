@@ -89,7 +89,7 @@ def hidden_states(
 def logits(backbone, hidden):
     """Soft-capped float32 logits [..., V] of hidden states [..., d]."""
     table = tables.of(backbone)
-    return kernels.logits(hidden, table, backbone.final_logit_soft_cap)
+    return tables.logits(hidden, table, backbone.final_logit_soft_cap)
 
 
 def residual_dtype(backbone):

@@ -1,15 +1,16 @@
 """The token table: rows for the input, words for the head.
 
 A table is a tensor or variable [V, d], or, stored in 8 bits, a dict: `codes`
-int8 [V, d] and `step` float32 [V, 1], a row being codes * step. Stored, no
-more than a part of its words is ever dequantised at once.
+int8 [V, d] and `step` float32 [V, 1], a row being codes * step. No more than a
+part of its words is ever dequantised at once.
 
 Shapes: V words, d hidden, C tokens.
 """
 
+import keras
 from keras import ops
 
-from keras_gemma_ft.model import sharding
+from keras_gemma_ft.model import kernels, sharding
 
 # Numbers of a part: 32 MB in 16 bits, 7281 words of 2B.
 _PART = 2**24
@@ -56,34 +57,45 @@ def part(table, first, size, dtype):
     return ops.cast(found, dtype)
 
 
-def _parts(table):
-    """(first, size) of the parts that exist one after the other."""
-    count, d = _numbers(table).shape
+def _parts(table, x):
+    """Yields (first, last, rows [size, d]), one part after the other.
+
+    In x's dtype, or in that in which x is multiplied here.
+    """
+    slow = kernels.slow(x)
+    numbers, dtype = _numbers(table), "float32" if slow else x.dtype
+    count, d = numbers.shape
+    size = count
     # Words that are split over devices: each has its own part of them all.
-    whole = not isinstance(table, dict) or sharding.split()
-    size = count if whole else max(1, min(count, _PART // d))
-    return [(i, min(size, count - i)) for i in range(0, count, size)]
+    if (slow or isinstance(table, dict)) and not sharding.split():
+        size = max(1, min(count, _PART // d))
+    for first in range(0, count, size):
+        last = min(first + size, count)
+        yield first, last, part(table, first, last - first, dtype)
 
 
 def times(h, table):
     """h [..., d] by every word: [..., V], in h's dtype."""
-    if not isinstance(table, dict):
-        return ops.matmul(h, ops.transpose(ops.cast(table, h.dtype)))
     found = [
-        ops.matmul(h, ops.transpose(part(table, *at, h.dtype)))
-        for at in _parts(table)
-    ]
+        ops.cast(ops.matmul(ops.cast(h, rows.dtype), ops.transpose(rows)),
+                 h.dtype)
+        for _, _, rows in _parts(table, h)
+    ]  # fmt: skip
     return found[0] if len(found) == 1 else ops.concatenate(found, -1)
 
 
 def back(dz, table):
     """dz [C, V] by the table: [C, d], in dz's dtype; summed in float32."""
-    if not isinstance(table, dict):
-        return ops.matmul(dz, ops.cast(table, dz.dtype))
-    total = 0.0
-    for first, size in _parts(table):
-        some = ops.matmul(
-            dz[:, first : first + size], part(table, first, size, dz.dtype)
-        )
-        total = total + ops.cast(some, "float32")
+    total = None
+    for first, last, rows in _parts(table, dz):
+        some = ops.matmul(ops.cast(dz[:, first:last], rows.dtype), rows)
+        if last - first < words(table):
+            some = ops.cast(some, "float32")
+        total = some if total is None else total + some
     return ops.cast(total, dz.dtype)
+
+
+def logits(hidden, table, cap):
+    """Soft-capped float32 logits [..., V] of hidden [..., d]."""
+    z = ops.cast(times(hidden, table), "float32")
+    return kernels.soft_cap(z, cap)

@@ -75,8 +75,9 @@ def token_loss(
     by_words = not table_trained and _by_words(hidden, cap)
     compiled = compiled and not by_words
     size = chunk_size(
-        rows * t, tables.words(table), chunk, by_words=by_words, compiled=compiled
-    )
+        rows * t, tables.words(table), chunk, by_words=by_words,
+        compiled=compiled,
+    )  # fmt: skip
     # Chunks take the same columns of every row: a batch that is split over
     # devices stays split. Equal chunks, for one compiled body.
     columns = min(t, -(-size // rows))
@@ -130,7 +131,7 @@ class _Chunk:
 
     def losses(self, h, table, y):
         """float32 [C]; differentiable in h and table."""
-        z = kernels.logits(h, table, self.cap)
+        z = tables.logits(h, table, self.cap)
         right = ops.take_along_axis(z, y[:, None], axis=-1)[:, 0]
         return ops.logsumexp(z, axis=-1) - right
 
@@ -140,7 +141,7 @@ class _Chunk:
             z = tables.times(h, table)
             losses, dz = _compiled()(z, y, self.cap)
             return losses, tables.back(dz, table)
-        z = kernels.logits(h, table, self.cap)
+        z = tables.logits(h, table, self.cap)
         total = ops.logsumexp(z, axis=-1, keepdims=True)
         right = ops.take_along_axis(z, y[:, None], axis=-1)
         dz = ops.exp(z - total) - ops.one_hot(y, z.shape[-1], dtype=z.dtype)
@@ -190,7 +191,10 @@ def _by_words(hidden, cap):
     if sharding.split():
         return False
     kind = keras.backend.standardize_dtype(hidden.dtype)
-    return kind == "float32" and cap is not None and cap <= kernels.SAFE_CAP
+    if cap is None or cap > kernels.SAFE_CAP:
+        return False
+    # Where 16 bits are slow they are multiplied as float32.
+    return kind == "float32" or kernels.slow(hidden)
 
 
 def _in_blocks(one, h, table, y):
@@ -319,7 +323,9 @@ def _frozen(one, hidden, table, y, spread, most):
         def run(j):
             h, labels = one.inputs(j, hidden, y, spread)
             if one.by_words:
-                losses, dh = _in_blocks(one, h, table, labels)
+                whole = ops.cast(h, "float32")
+                losses, dh = _in_blocks(one, whole, table, labels)
+                dh = ops.cast(dh, h.dtype)
             elif one.gradient:
                 losses, dh = one.losses_and_dh(h, table, labels)
             else:
