@@ -136,9 +136,13 @@ def attach(layer, kinds):
         layer: an EinsumDense or a ReversibleEmbedding.
         kinds: {name: (shape, dtype)}.
     """
+    name = own(layer)
     layer._tracker.unlock()
-    layer._untrack_variable(getattr(layer, own(layer)))
-    setattr(layer, own(layer), None)
+    layer._untrack_variable(getattr(layer, name))
+    if keras.config.backend() == "tensorflow":
+        # What TensorFlow would write of the layer is a list of its own.
+        layer._delete_tracking(name)
+    setattr(layer, name, None)
     layer.stored = {
         name: layer.add_weight(
             name=name,

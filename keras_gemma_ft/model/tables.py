@@ -1,6 +1,6 @@
 """The token table: rows for the input, words for the head.
 
-A table is a tensor or variable [V, d], or, stored in 8 bits, a dict: `codes`
+A table is a tensor [V, d], or, stored in 8 bits, a dict of tensors: `codes`
 int8 [V, d] and `step` float32 [V, 1], a row being codes * step. No more than a
 part of its words is ever dequantised at once.
 
@@ -21,7 +21,7 @@ def of(backbone):
     layer = backbone.token_embedding
     if layer._embeddings is None:
         return {k: ops.convert_to_tensor(v) for k, v in layer.stored.items()}
-    return layer.embeddings
+    return ops.convert_to_tensor(layer.embeddings)
 
 
 def trained(backbone):
@@ -49,12 +49,19 @@ def rows(table, ids):
 
 def part(table, first, size, dtype):
     """Rows [size, d] from `first` on, which may be a tensor, in `dtype`."""
-    numbers = _numbers(table)
-    found = ops.slice(numbers, (first, 0), (size, numbers.shape[1]))
     if isinstance(table, dict):
-        step = ops.slice(table["step"], (first, 0), (size, 1))
-        found = ops.cast(found, "float32") * step
+        found = ops.cast(_some(table["codes"], first, size), "float32")
+        found = found * _some(table["step"], first, size)
+    else:
+        found = _some(table, first, size)
     return ops.cast(found, dtype)
+
+
+def _some(x, first, size):
+    """Rows of a tensor; where they are all of them, the tensor itself."""
+    if size == x.shape[0]:
+        return x
+    return ops.slice(x, (first, 0), (size, x.shape[1]))
 
 
 def _parts(table, x):

@@ -203,8 +203,8 @@ def alive(backend, loaded):
     if backend == "torch":
         import torch
 
-        found = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-        # Not isinstance, which asks lazy modules of Torch for their class.
+        kinds = (torch.Tensor, torch.nn.Parameter)
+        found = [x for x in gc.get_objects() if type(x) in kinds]
         # By storage: a parameter and its view are one.
         return sum(
             {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
