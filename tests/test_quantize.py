@@ -119,6 +119,22 @@ def test_groups_of_256_blocks_cost_an_absmax_little():
     assert np.sqrt(np.mean(off**2)) < 0.0015
 
 
+@pytest.mark.once
+def test_a_table_is_rounded_row_by_row():
+    table = np.random.default_rng(0).normal(size=(3000, 64))
+    table = table.astype(ml_dtypes.bfloat16)
+    table[7] = 0
+    stored = codes.encode_table(table)
+    kinds = {k: (v.shape, str(v.dtype)) for k, v in stored.items()}
+    assert kinds == codes.table_as(table.shape)
+    want = table.astype("float64")
+    step = np.abs(want).max(1, keepdims=True) / 127
+    np.testing.assert_allclose(stored["step"], step, rtol=1e-6, atol=1e-29)
+    assert {*np.abs(stored["codes"]).max(1)} == {0, 127}
+    off = np.abs(stored["codes"] * stored["step"] - want)
+    assert np.all(off <= step * 0.5001)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("mode", MODES)
 def test_decoding_rounds_once(mode, dtype):
@@ -347,8 +363,12 @@ def test_sixty_steps_are_those_of_the_dequantised_copy(folder):
     tiny.close("losses", got, want, rtol=0.02)
 
 
-def _alive(backbone):
-    """(shape, dtype) of every tensor that somebody holds."""
+def _alive(meta=True):
+    """(shape, dtype) of every tensor that somebody holds.
+
+    Args:
+        meta: whether those count which have no memory.
+    """
     gc.collect()
     if BACKEND == "jax":
         import jax
@@ -360,6 +380,7 @@ def _alive(backbone):
         # Not what stands in for one while Torch compiles.
         kinds = (torch.Tensor, torch.nn.Parameter)
         found = [x for x in gc.get_objects() if type(x) in kinds]
+        found = [x for x in found if meta or not x.is_meta]
     else:
         import tensorflow as tf
 
@@ -368,22 +389,24 @@ def _alive(backbone):
     return [(tuple(x.shape), kind(x.dtype)) for x in found]
 
 
+# A model of sizes that no other test's tensors have.
+_OWN = {"hidden_size": 44, "intermediate_size": 52, "vocab_size": 353,
+        "head_dim": 22}  # fmt: skip
+_FLOATS = {(44, 52), (52, 44), (4, 44, 22), (2, 44, 22), (4, 22, 44), (353, 44)}
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_float_kernels_are_gone(tmp_path, late):
-    # Sizes that no other test's tensors have.
-    sizes = {"hidden_size": 44, "intermediate_size": 52, "vocab_size": 353}
-    folder = tiny.save(tmp_path, **sizes, head_dim=22)
+    folder = tiny.save(tmp_path, **_OWN)
     loaded = _loaded(folder, *([] if late else ["nf4", "int8"]))
     backbone = loaded.causal_lm.backbone
-    kernels = {(44, 52), (52, 44), (4, 44, 22), (2, 44, 22), (4, 22, 44)}
-    floats = kernels | {(353, 44)}
     if late:
-        before = [kind for kind in _alive(backbone) if kind[0] in floats]
+        before = [kind for kind in _alive() if kind[0] in _FLOATS]
         assert len({shape for shape, _ in before}) == 6
     lora.enable(backbone, config.Lora(rank=4, style="standard"))
     quantize.apply(backbone, lora.layers(backbone), "nf4", "int8")
-    alive = _alive(backbone)
-    assert not [x for x in alive if x[0] in floats and "float" in x[1]]
+    alive = _alive()
+    assert not [x for x in alive if x[0] in _FLOATS and "float" in x[1]]
     assert ((353, 44), "int8") in alive
     names = [v.path for v in backbone.variables]
     assert not [n for n in names if n.endswith(("/kernel", "/embeddings"))]
@@ -398,6 +421,20 @@ def test_float_kernels_are_gone(tmp_path, late):
         for v in backbone.non_trainable_variables
     )
     assert held < 0.4 * 4 * presets.parameters(backbone)
+
+
+def test_no_float_kernel_ever_has_memory(tmp_path, monkeypatch):
+    folder = tiny.save(tmp_path, **_OWN)
+    encode, seen = codes.encode, []
+
+    def spied(kernel, mode):
+        seen.extend(x for x in _alive(meta=False) if x[0] in _FLOATS)
+        return encode(kernel, mode)
+
+    monkeypatch.setattr(codes, "encode", spied)
+    _loaded(folder, "nf4")
+    # The table alone, which has come first or has not come yet.
+    assert {kind for kind in seen} <= {((353, 44), "float32")}
 
 
 def test_the_table_stays_as_it_is():
