@@ -216,6 +216,16 @@ def check(config):
         f"--lora.rank=0 trains them. Use --lora.rank=8.",
     )
     refuse(
+        lora.rank == 0 and config.model.quantize_embedding != "none",
+        f"--model.quantize_embedding={config.model.quantize_embedding} "
+        f"freezes the token table, --lora.rank=0 trains it. Use --lora.rank=8.",
+    )
+    refuse(
+        not config.model.quantize_cache.strip(),
+        "--model.quantize_cache is empty; name a folder, or type "
+        "--model.quantize_cache=none.",
+    )
+    refuse(
         not 0 <= lora.dropout < 1,
         f"--lora.dropout={lora.dropout}: expected 0 or more and below 1.",
     )

@@ -163,6 +163,18 @@ class Model:
         "storage of the frozen decoder kernels",
         ("none", "int8", "int4", "nf4"),
     )
+    quantize_embedding: str = setting(
+        "none",
+        "storage of the frozen token table: int8 halves it, and is a little "
+        "less exact",
+        ("none", "int8"),
+    )
+    quantize_cache: str = setting(
+        "auto",
+        "folder that keeps quantised weights for the next run; 'auto' is "
+        "keras_gemma_ft/quantized in $XDG_CACHE_HOME or ~/.cache for models "
+        "from 256 MB on, 'none' keeps nothing",
+    )
     remat: str = setting(
         "auto",
         "recompute each decoder block in the backward pass",

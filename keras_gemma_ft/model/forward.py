@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gemma_ft.model import attention, kernels, lora, quantize, sharding
+from keras_gemma_ft.model import attention, kernels, lora, sharding, tables
 from keras_gemma_ft.model import scan as scanned
 
 # Numbers of a feed-forward layer's output on a device at once, where blocks
@@ -51,8 +51,7 @@ def hidden_states(
     Returns:
         [B, T, d] in the compute dtype; with a cache, (that, the new cache).
     """
-    table = quantize.embedding(backbone)
-    x = sharding.by_rows(ops.take(table, token_ids, axis=0))
+    x = sharding.by_rows(tables.rows(tables.of(backbone), token_ids))
     residual = residual_dtype(backbone)
     # Gemma rounds sqrt(d) in the compute dtype; so do its weights expect it.
     root = ops.cast(np.sqrt(backbone.hidden_dim), backbone.compute_dtype)
@@ -89,8 +88,8 @@ def hidden_states(
 
 def logits(backbone, hidden):
     """Soft-capped float32 logits [..., V] of hidden states [..., d]."""
-    table = quantize.embedding(backbone)
-    return kernels.logits(hidden, table, backbone.final_logit_soft_cap)
+    table = tables.of(backbone)
+    return tables.logits(hidden, table, backbone.final_logit_soft_cap)
 
 
 def residual_dtype(backbone):

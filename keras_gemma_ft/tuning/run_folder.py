@@ -23,6 +23,7 @@ _FREE = {
     "mesh",
     "model.remat",
     "model.scan",
+    "model.quantize_cache",
     "device",
     "compile",
     "search",

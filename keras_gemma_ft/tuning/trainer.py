@@ -21,6 +21,7 @@ from keras_gemma_ft.model import (
     lora,
     presets,
     quantize,
+    tables,
 )
 from keras_gemma_ft.tuning import (
     callbacks,
@@ -122,8 +123,7 @@ class FineTuner(keras.Model):
             ops.convert_to_tensor(y),
             ops.convert_to_tensor(sample_weight),
             chunk=self.chunk,
-            table_trained=training
-            and self.backbone.token_embedding.embeddings.trainable,
+            table_trained=training and tables.trained(self.backbone),
             training=training,
             compiled=self.blocks is not None,
         )
@@ -160,10 +160,13 @@ def build(cfg, loaded, *, steps, warmup):
     backbone = loaded.causal_lm.backbone
     if cfg.lora.rank:
         lora.enable(backbone, cfg.lora, seed=cfg.seed)
-    mode = getattr(backbone, "quantize_mode", "none")
-    if cfg.model.quantize != mode:
-        # A model that was not loaded by `presets.open`, such as the planner's.
-        quantize.apply(backbone, lora.layers(backbone), cfg.model.quantize)
+    # Of a model that `presets.open` has not loaded, such as the planner's.
+    quantize.apply(
+        backbone,
+        lora.layers(backbone),
+        cfg.model.quantize,
+        cfg.model.quantize_embedding,
+    )
     _, accumulation = pipeline.micro_batches(
         cfg.data.batch_size, cfg.data.micro_batch_size
     )
