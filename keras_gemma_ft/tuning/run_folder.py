@@ -38,6 +38,7 @@ _OWN = (
     "adapter",
     "model",
     "best.safetensors",
+    "start.safetensors",
     "adapter.lora.h5",
     "before.json",
     "metrics.jsonl",

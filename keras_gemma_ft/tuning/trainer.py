@@ -14,7 +14,14 @@ from keras import ops
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import examples, pipeline, sources
 from keras_gemma_ft.inference import evaluation
-from keras_gemma_ft.model import forward, hosts, lora, presets, quantize
+from keras_gemma_ft.model import (
+    forward,
+    hosts,
+    lora,
+    lora_init,
+    presets,
+    quantize,
+)
 from keras_gemma_ft.tuning import (
     callbacks,
     checkpoint,
@@ -142,11 +149,16 @@ class FineTuner(keras.Model):
         return float(logs["loss"])
 
 
-def build(cfg, loaded, *, steps, warmup):
-    """Adapters, optimizer and `FineTuner` for `cfg`, compiled."""
+def build(cfg, loaded, *, steps, warmup, start=None):
+    """Adapters, optimizer and `FineTuner` for `cfg`, compiled.
+
+    `start` is the file that keeps where the adapters started, if they start
+    from the kernels.
+    """
     backbone = loaded.causal_lm.backbone
     if cfg.lora.rank:
         lora.enable(backbone, cfg.lora, seed=cfg.seed)
+        lora_init.apply(backbone, cfg.model.quantize, seed=cfg.seed, kept=start)
     if cfg.model.quantize != "none":
         quantize.apply(backbone, lora.layers(backbone), cfg.model.quantize)
     _, accumulation = pipeline.micro_batches(
@@ -222,7 +234,13 @@ def run(cfg, backend):
             runtime.say(f"{folder.path} is a finished run; --noresume repeats")
             return summary
         job.show_proof()
-        tuner = build(cfg, loaded, steps=job.steps, warmup=job.warmup)
+        tuner = build(
+            cfg,
+            loaded,
+            steps=job.steps,
+            warmup=job.warmup,
+            start=folder.path / "start.safetensors",
+        )
         runtime.say(
             f"training {tuner.trainable_count():,} parameters "
             f"for {job.steps} steps"
