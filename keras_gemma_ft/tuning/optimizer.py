@@ -5,8 +5,11 @@ import math
 import keras
 from keras import ops
 
+from keras_gemma_ft.tuning import adamw8
+
 _KINDS = {
     "adamw": keras.optimizers.AdamW,
+    "adamw8bit": adamw8.AdamW8bit,
     "adam": keras.optimizers.Adam,
     "adafactor": keras.optimizers.Adafactor,
     "lion": keras.optimizers.Lion,
