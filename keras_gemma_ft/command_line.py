@@ -168,6 +168,28 @@ def _check_generate(generate):
     return wrong
 
 
+def _check_init(lora, quantize):
+    """What a start from the kernels cannot work with."""
+    said, wrong = f"--lora.init={lora.init}", []
+    if lora.init != "default" and lora.rank == 0:
+        wrong.append(
+            f"{said} is a start for adapters, and --lora.rank=0 has none. "
+            f"Drop it, or use --lora.rank=8."
+        )
+    if lora.init == "loftq" and quantize == "none":
+        wrong.append(
+            f"{said} fits the error of a quantised base, and this one is not. "
+            f"Add --model.quantize=nf4, or use --lora.init=pissa."
+        )
+    if lora.init == "pissa" and lora.dropout:
+        wrong.append(
+            f"{said} moves the kernels' principal part into the adapters, and "
+            f"--lora.dropout={lora.dropout} would drop it at random. Use "
+            f"--lora.dropout=0."
+        )
+    return wrong
+
+
 def check(config):
     """Refuses settings that cannot work, every offence in one message."""
     wrong = []
@@ -248,6 +270,7 @@ def check(config):
         not config.run_dir.strip(),
         "--run_dir is empty; name a folder: --run_dir=runs/mine.",
     )
+    wrong += _check_init(lora, config.model.quantize)
     wrong += _check_generate(config.generate)
     for check_one in (
         lambda: targets(lora),

@@ -23,7 +23,7 @@ TARGETS = (
     "ffw_linear",
 )
 TARGET_GROUPS = {"attention": TARGETS[:4], "all-linear": TARGETS}
-OPTIMIZERS = ("adamw", "adam", "adafactor", "lion", "sgd")
+OPTIMIZERS = ("adamw", "adamw8bit", "adam", "adafactor", "lion", "sgd")
 
 
 class UserError(Exception):
@@ -110,6 +110,13 @@ class Lora:
         "each head, B shared), 'standard' one pair as in the LoRA paper",
         ("keras", "standard"),
     )
+    init: str = setting(
+        "default",
+        "where A and B start: B at zero; 'pissa' at the kernel's principal "
+        "directions (arXiv 2404.02948), 'loftq' at the best fit of the "
+        "quantised base's error (arXiv 2310.08659)",
+        ("default", "loftq", "pissa"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +130,12 @@ class Train:
         ("constant", "linear", "cosine"),
     )
     warmup: str = setting("3 %", "duration of the linear warm-up")
-    optimizer: str = setting("adamw", "a Keras optimizer", OPTIMIZERS)
+    optimizer: str = setting(
+        "adamw",
+        "a Keras optimizer; adamw8bit keeps AdamW's state in 8 bits (arXiv "
+        "2110.02861): 2 bytes a trained number, not 8",
+        OPTIMIZERS,
+    )
     weight_decay: float = setting(0.0, "decoupled weight decay")
     clip_norm: float = setting(1.0, "clip the global gradient norm; 0 is off")
     log_every: str = setting("10 steps", "duration between metrics lines")

@@ -132,18 +132,25 @@ def _adapter(backbone, weights):
         targets=config.targets(settings),
         weights=weights,
         base=getattr(backbone, "preset", ""),
+        init=settings.init,
     )
 
 
 def read(backbone):
-    """The backbone's adapter as float32 numpy: `formats.adapters.Adapter`."""
-    return _adapter(
+    """The backbone's adapter as float32 numpy: `formats.adapters.Adapter`.
+
+    It is for the base as it was loaded: where A and B started from the
+    kernels (`lora_init.apply`), the difference to that start.
+    """
+    adapter = _adapter(
         backbone,
         {
             key: tuple(ops.convert_to_numpy(v.value) for v in pair)
             for key, pair in variables(backbone).items()
         },
     )
+    start = getattr(backbone, "lora_start", None)
+    return adapters.difference(adapter, start) if start else adapter
 
 
 def write(backbone, adapter):

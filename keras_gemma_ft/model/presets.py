@@ -5,6 +5,7 @@ A name is the embedded model, a KerasHub preset, a handle (`kaggle://`,
 """
 
 import collections
+import dataclasses
 import json
 import math
 import pathlib
@@ -48,7 +49,11 @@ def open(cfg, *, full=False):
     if full and dtype != "float32":
         dtype = f"mixed_{dtype}"
     sharding.start(cfg, lambda: _bytes(cfg.preset, dtype))
-    loaded = load(cfg.preset, dtype=dtype, model=cfg.model)
+    model = cfg.model
+    if cfg.lora.init != "default":
+        # Adapters that start from the kernels must see them first.
+        model = dataclasses.replace(model, quantize="none")
+    loaded = load(cfg.preset, dtype=dtype, model=model)
     backbone = loaded.causal_lm.backbone
     runtime.say(
         f"model: {cfg.preset}, {parameters(backbone):,} parameters, "

@@ -13,11 +13,19 @@ from keras_gemma_ft import config
 from keras_gemma_ft.data import pipeline
 from keras_gemma_ft.model import attention, forward, quantize, sharding
 from keras_gemma_ft.planning import shapes
-from keras_gemma_ft.tuning import loss
+from keras_gemma_ft.tuning import adamw8, loss
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Numbers that an optimizer keeps for each trained one.
-_SLOTS = {"adamw": 2, "adam": 2, "adafactor": 0, "lion": 1, "sgd": 0}
+_SLOTS = {
+    "adamw": 2,
+    # Two bytes, and 8 for each block.
+    "adamw8bit": (2 + 8 / adamw8.BLOCK) / 4,
+    "adam": 2,
+    "adafactor": 0,
+    "lion": 1,
+    "sgd": 0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +144,7 @@ class _Step:
         return {
             "weights": self.stored(),
             "adapters": 4 * trained if self.cfg.lora.rank else 0,
-            "optimizer": 4 * trained * slots,
+            "optimizer": int(4 * trained * slots),
             "gradients": 4 * trained,
             "kept": self.kept(),
             "work": self.work(),

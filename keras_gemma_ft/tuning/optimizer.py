@@ -6,9 +6,11 @@ import keras
 from keras import ops
 
 from keras_gemma_ft.model import hosts
+from keras_gemma_ft.tuning import adamw8
 
 _KINDS = {
     "adamw": keras.optimizers.AdamW,
+    "adamw8bit": adamw8.AdamW8bit,
     "adam": keras.optimizers.Adam,
     "adafactor": keras.optimizers.Adafactor,
     "lion": keras.optimizers.Lion,
@@ -147,8 +149,10 @@ def _global_norm(grads):
 
 def _times(grads, factor):
     """Every gradient times a scalar tensor."""
-    if keras.config.backend() == "torch" and None not in grads:
+    if keras.config.backend() == "torch":
         import torch
 
-        return torch._foreach_mul(grads, factor)
+        given = [g for g in grads if g is not None]
+        found = iter(torch._foreach_mul(given, factor))
+        return [g if g is None else next(found) for g in grads]
     return [g if g is None else g * factor for g in grads]

@@ -40,6 +40,7 @@ _OWN = (
     "adapter",
     "model",
     "best.safetensors",
+    "start.safetensors",
     "adapter.lora.h5",
     "before.json",
     "metrics.jsonl",

@@ -19,6 +19,7 @@ from keras_gemma_ft.model import (
     forward,
     hosts,
     lora,
+    lora_init,
     presets,
     quantize,
     tables,
@@ -155,11 +156,16 @@ class FineTuner(keras.Model):
         return hosts.total(float(logs["loss"]))
 
 
-def build(cfg, loaded, *, steps, warmup):
-    """Adapters, optimizer and `FineTuner` for `cfg`, compiled."""
+def build(cfg, loaded, *, steps, warmup, start=None):
+    """Adapters, optimizer and `FineTuner` for `cfg`, compiled.
+
+    `start` is the file that keeps where the adapters started, if they start
+    from the kernels.
+    """
     backbone = loaded.causal_lm.backbone
     if cfg.lora.rank:
         lora.enable(backbone, cfg.lora, seed=cfg.seed)
+        lora_init.apply(backbone, cfg.model.quantize, seed=cfg.seed, kept=start)
     # Of a model that `presets.open` has not loaded, such as the planner's.
     quantize.apply(
         backbone,
@@ -255,7 +261,13 @@ def run(cfg, backend):
             runtime.say(f"{folder.path} is a finished run; --noresume repeats")
             return summary
         job.show_proof()
-        tuner = build(cfg, loaded, steps=job.steps, warmup=job.warmup)
+        tuner = build(
+            cfg,
+            loaded,
+            steps=job.steps,
+            warmup=job.warmup,
+            start=folder.path / "start.safetensors",
+        )
         runtime.say(
             f"training {tuner.trainable_count():,} parameters "
             f"for {job.steps} steps"
