@@ -278,6 +278,7 @@ def test_every_process_starts_from_the_first_ones_pairs(
     first = started(folder, init="pissa", kept=path, targets="value")
     sent = []
     monkeypatch.setattr(hosts, "many", lambda: True)
+    monkeypatch.setattr(hosts, "first", lambda: True)
     monkeypatch.setattr(hosts, "whole", ops.convert_to_numpy)
     monkeypatch.setattr(
         hosts, "broadcast", lambda data: sent.append(data) or data
