@@ -14,7 +14,14 @@ from keras import ops
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import examples, pipeline, sources
 from keras_gemma_ft.inference import evaluation
-from keras_gemma_ft.model import forward, hosts, lora, presets, quantize
+from keras_gemma_ft.model import (
+    forward,
+    hosts,
+    kernels,
+    lora,
+    presets,
+    quantize,
+)
 from keras_gemma_ft.tuning import (
     callbacks,
     checkpoint,
@@ -181,9 +188,14 @@ def recompute(cfg, backbone):
 
 
 def scan(cfg, backbone):
-    """`--model.scan`: auto is a loop from 16 blocks on (2B has 26)."""
+    """`--model.scan`: auto is a loop from 16 blocks on (2B has 26).
+
+    On a GPU only of recomputed blocks: XLA's program of 2B at 4 x 1024 moves
+    251 GB with a loop, which copies weights and what it keeps, else 180.
+    """
     if cfg.model.scan == "auto":
-        return backbone.num_layers >= 16
+        loop = recompute(cfg, backbone) or not kernels.on_gpu()
+        return loop and backbone.num_layers >= 16
     return cfg.model.scan == "on"
 
 
