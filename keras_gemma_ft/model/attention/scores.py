@@ -40,14 +40,14 @@ def weigh(q, k, v, mask, cap):
     _, heads, s, _ = k.shape
     product = _product(q, k)
     again = _again(product)
-    z = _capped(product, cap)
+    z = _capped(product, t, cap)
     top = None
     if cap is None or cap > kernels.SAFE_CAP:
         top = ops.max(ops.where(mask, z, _MASKED), -1, keepdims=True)
         top = top if cap is None else cap * top
     weights = summed = _weights(z, mask, cap, top)
     if again is not None:
-        summed = _weights(_capped(again, cap), mask, cap, top)
+        summed = _weights(_capped(again, t, cap), mask, cap, top)
     # A row without a key gives 0, not NaN.
     total = ops.maximum(ops.sum(summed, -1, keepdims=True), 1e-30)
     lse = ops.log(total) if top is None else ops.log(total) + top
@@ -70,7 +70,7 @@ def gradients(q, k, v, mask, out, lse, upstream, cap):
     flat = (-1, heads, n // heads * t, s)
     product = _product(q, k)
     again = _again(product)
-    z = _capped(product, cap)
+    z = _capped(product, t, cap)
     p = _weights(z, mask, cap, lse)
     upstream = ops.cast(upstream, v.dtype)
     dout = ops.reshape(upstream, rows)
@@ -81,7 +81,7 @@ def gradients(q, k, v, mask, out, lse, upstream, cap):
     mean = ops.cast(upstream, "float32") * ops.cast(out, "float32")
     mean = ops.reshape(ops.sum(mean, -1), (-1, heads, n // heads, t, 1))
     if again is not None:
-        z = _capped(again, cap)
+        z = _capped(again, t, cap)
         p = _weights(z, mask, cap, lse)
     ds = _score_gradient(dp, p, mean, z, cap)
     ds = ops.reshape(ops.cast(ds, q.dtype), flat)
@@ -91,12 +91,11 @@ def gradients(q, k, v, mask, out, lse, upstream, cap):
 
 
 def _product(q, k):
-    """q k' as [B, k, g, T, S], of q's dtype."""
+    """q k' as [B, k, g T, S], of q's dtype."""
     _, n, t, h = q.shape
-    _, heads, s, _ = k.shape
+    heads = k.shape[1]
     rows = ops.reshape(q, (-1, heads, n // heads * t, h))
-    z = ops.matmul(rows, ops.transpose(k, (0, 1, 3, 2)))
-    return ops.reshape(z, (-1, heads, n // heads, t, s))
+    return ops.matmul(rows, ops.transpose(k, (0, 1, 3, 2)))
 
 
 def _again(product):
@@ -113,9 +112,11 @@ def _again(product):
     return jax.lax.optimization_barrier(product)
 
 
-def _capped(product, cap):
-    """float32 tanh(q k' / cap); q k' without a cap."""
+def _capped(product, t, cap):
+    """float32 [B, k, g, T, S]: tanh(q k' / cap); q k' without a cap."""
+    _, heads, rows, s = product.shape
     z = ops.cast(product, "float32")
+    z = ops.reshape(z, (-1, heads, rows // t, t, s))
     if cap is None:
         return z
     if _torch():
