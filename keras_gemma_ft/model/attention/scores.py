@@ -1,7 +1,7 @@
 """One tile: some queries by some keys, forward and backward.
 
 A tile's products have the dtype of their operands; between them everything is
-float32. On a GPU it stays in registers: see `_again`. Shapes: B batch, T
+float32. On a GPU it stays in registers: see `_names`. Shapes: B batch, T
 queries, S keys, n query heads, k key/value heads, g = n/k, h head_dim.
 """
 
@@ -38,16 +38,16 @@ def weigh(q, k, v, mask, cap):
     """(out [B, n, T, h], logsumexp float32 [B, k, g, T, 1])."""
     _, n, t, h = q.shape
     _, heads, s, _ = k.shape
-    product = _product(q, k)
-    again = _again(product)
-    z = _capped(product, t, cap)
+    shape = (-1, heads, n // heads, t, s)
+    product, again = _names(_product(q, k), shape)
+    z = _capped(product, shape, cap)
     top = None
     if cap is None or cap > kernels.SAFE_CAP:
         top = ops.max(ops.where(mask, z, _MASKED), -1, keepdims=True)
         top = top if cap is None else cap * top
     weights = summed = _weights(z, mask, cap, top)
     if again is not None:
-        summed = _weights(_capped(again, t, cap), mask, cap, top)
+        summed = _weights(_capped(again, shape, cap), mask, cap, top)
     # A row without a key gives 0, not NaN.
     total = ops.maximum(ops.sum(summed, -1, keepdims=True), 1e-30)
     lse = ops.log(total) if top is None else ops.log(total) + top
@@ -68,9 +68,9 @@ def gradients(q, k, v, mask, out, lse, upstream, cap):
     _, heads, s, _ = k.shape
     rows = (-1, heads, n // heads * t, h)
     flat = (-1, heads, n // heads * t, s)
-    product = _product(q, k)
-    again = _again(product)
-    z = _capped(product, t, cap)
+    shape = (-1, heads, n // heads, t, s)
+    product, again = _names(_product(q, k), shape)
+    z = _capped(product, shape, cap)
     p = _weights(z, mask, cap, lse)
     upstream = ops.cast(upstream, v.dtype)
     dout = ops.reshape(upstream, rows)
@@ -81,7 +81,7 @@ def gradients(q, k, v, mask, out, lse, upstream, cap):
     mean = ops.cast(upstream, "float32") * ops.cast(out, "float32")
     mean = ops.reshape(ops.sum(mean, -1), (-1, heads, n // heads, t, 1))
     if again is not None:
-        z = _capped(again, t, cap)
+        z = _capped(again, shape, cap)
         p = _weights(z, mask, cap, lse)
     ds = _score_gradient(dp, p, mean, z, cap)
     ds = ops.reshape(ops.cast(ds, q.dtype), flat)
@@ -98,25 +98,25 @@ def _product(q, k):
     return ops.matmul(rows, ops.transpose(k, (0, 1, 3, 2)))
 
 
-def _again(product):
-    """On a GPU: q k' under another name; else None, and one name does.
+def _names(product, shape):
+    """q k' under two names on a GPU; else under one, and None.
 
     Of a tanh with two uses XLA:GPU makes an array, [T, S] in float32. Of two
     names it makes one kernel that reads the 16-bit product: forward 2 arrays
     pass through memory, not 6 (as 16 bits); backward 4, not 8.
     """
     if not kernels.on_gpu():
-        return None
+        return product, None
     import jax
 
-    return jax.lax.optimization_barrier(product)
+    # Before the tanh: a bitcast behind it would keep it from being fused.
+    product = ops.reshape(product, shape)
+    return product, jax.lax.optimization_barrier(product)
 
 
-def _capped(product, t, cap):
+def _capped(product, shape, cap):
     """float32 [B, k, g, T, S]: tanh(q k' / cap); q k' without a cap."""
-    _, heads, rows, s = product.shape
-    z = ops.cast(product, "float32")
-    z = ops.reshape(z, (-1, heads, rows // t, t, s))
+    z = ops.reshape(ops.cast(product, "float32"), shape)
     if cap is None:
         return z
     if _torch():
