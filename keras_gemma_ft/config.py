@@ -195,7 +195,7 @@ class Model:
     scan: str = setting(
         "auto",
         "JAX: compile one loop over the decoder blocks, not every block; auto "
-        "does so from 16 blocks on",
+        "does so from 16 blocks on (on a GPU where blocks are recomputed)",
         ("auto", "on", "off"),
     )
     compile: str = setting(

@@ -153,8 +153,7 @@ def _look(backbone, segment_ids):
     """{block.use_sliding_window_attention: function of (q, k, v)}."""
     windows = _windows(backbone)
     cap = backbone.attention_logit_soft_cap
-    # Two blocks or less are no faster and hardly smaller as blocks.
-    if segment_ids.shape[1] > 2 * attention.BLOCK:
+    if segment_ids.shape[1] > attention.whole():
         starts = attention.reach(segment_ids)
         return {
             kind: lambda q, k, v, window=window: attention.attend_in_blocks(
