@@ -191,7 +191,7 @@ def test_gradients_and_recomputation(backbone, witness, monkeypatch):
         assert scale > 1e-3
         tiny.close(
             f"{variable.path}, recomputed", twice / scale, got / scale,
-            atol=1e-5,
+            atol=5e-5,
         )
         name, got = names.to_huggingface(variable.path, got)
         want = parameters[name].grad.numpy()
