@@ -54,7 +54,7 @@ def flags():
     add("--rows", default=",".join(plan.ROWS))
     add("--contenders", default=",".join(plan.CONTENDERS))
     add("--backends", default="torch,jax", help="of --check: ours on these")
-    add("--budget", type=float, default=460.0, help="seconds of the table")
+    add("--budget", type=float, help="seconds of the table: 460, quick 100")
     add("--together", type=int, default=0, help="processes; 0 picks by cores")
     add("--repeats", type=int, default=7, help="steps counted")
     add("--burst", type=int, default=1, help="steps a turn, without waiting")
@@ -76,9 +76,11 @@ def read(argv):
         if wrong := [x for x in asked if x not in known]:
             parser.error(f"--{name}={','.join(wrong)}: of {', '.join(known)}")
         setattr(args, name, asked)
+    if args.budget is None:
+        args.budget = 100.0 if args.quick else 460.0
     args.table = args.table or not (args.check or args.launches)
-    # Compiling takes about three cores of the host.
-    args.together = args.together or max(2, (os.cpu_count() or 1) // 3)
+    # Compiling takes about two cores of the host.
+    args.together = args.together or max(2, (os.cpu_count() or 1) // 2)
     return args
 
 

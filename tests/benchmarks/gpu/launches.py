@@ -6,14 +6,15 @@ change a view or reserve memory; compiled: what Inductor's scheduler holds
 after fusion, each of which becomes a kernel or a call of a library. FlexAttention
 does not run there: attention is the products and softmax of one block of queries.
 
-A block is the difference between a model of four and of two, over two.
+A block is the difference between a model of four and of two, over two; graphs
+are of blocks alone.
 """
 
 import contextlib
 
 from keras_gemma_ft import config, runtime
 from tests.benchmarks import model
-from tests.benchmarks.processes import Worker
+from tests.benchmarks.processes import Worker, say
 
 # Of today's launches, what the compiled block may have.
 SHARE = 1 / 3
@@ -33,6 +34,7 @@ def count(args, card):
         worker = Worker(f"launches {mode}", spec)
         what = f"{shape[0]} x {shape[1]}, {spec['dtype']}"
         entry = {"what": what if mode == "none" else f"{what}, {mode}"}
+        say(f"launches of {entry['what']}")
         worker.build()
         worker.close()
         if worker.error:
@@ -83,6 +85,8 @@ def serve(spec, channel):
 
 def per_block(spec, cfg, compile, counter):
     """Launches of a block by `counter`."""
+    if counter is scheduled:
+        return counter(step(spec, cfg, compile, 1))
     four, two = (
         counter(step(spec, cfg, compile, layers)) for layers in (4, 2)
     )
@@ -174,8 +178,7 @@ class _Counted(Exception):
 def scheduled(run):
     """Kernels and library calls in Inductor's graphs of all that `run` calls.
 
-    The graphs are compiled once and called for each block; what is counted is
-    each call's.
+    A graph is compiled once and called for each block; calls are counted.
     """
     from keras_gemma_ft.model import compiled
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from keras_gemma_ft import runtime
 from keras_gemma_ft.formats import huggingface
-from keras_gemma_ft.model import codes, weights
 from tests.benchmarks import quantize
 
 
@@ -23,6 +22,8 @@ def causal_lm(sizes, dtype, mode="none"):
         mode: as --model.quantize.
     """
     import keras_hub
+
+    from keras_gemma_ft.model import codes, weights
 
     rng = np.random.default_rng(0)
     pool = rng.standard_normal(2**24 if sizes.layers > 8 else 2**18, "float32")

@@ -16,6 +16,9 @@ from tests.benchmarks.processes import Worker, say
 
 WARMUP = 2
 _GIB = 2**30
+# What is only a rehearsal is not worth optimising.
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0 "
+         "--xla_llvm_disable_expensive_passes=true"}  # fmt: skip
 # What a batch is taken to need as long as none has been: 2B on an H200.
 _BATCH_SECONDS = 100
 
@@ -97,6 +100,8 @@ def spec(args, card, entry, together):
     }
     threads = max(1, (os.cpu_count() or 1) // together)
     found["environment"] = {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)}
+    if args.quick:
+        found["environment"] |= QUICK
     if found["kind"] == "stock":
         # It knows neither.
         found |= {"style": "keras", "remat": "none"}
