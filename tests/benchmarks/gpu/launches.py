@@ -140,8 +140,13 @@ def on_device(run):
     with torch.profiler.profile(activities=kinds) as profile:
         run()
         torch.cuda.synchronize()
-    events = profile.events()
-    return sum(event.device_type == DeviceType.CUDA for event in events)
+    seen = sum(
+        event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        for event in profile.events()
+    )
+    if not seen:
+        raise AssertionError("torch.profiler sees nothing of this GPU")
+    return seen
 
 
 def dispatched(run):

@@ -40,9 +40,7 @@ def peak(name):
         name: as nvidia-smi tells it: "NVIDIA A100-SXM4-40GB".
     """
     words = set(re.split(r"[\W_]+", name.lower().replace("gb", "")))
-    known = [
-        kind for kind in devices._GPUS if set(kind.split("_")) <= words
-    ]
+    known = [kind for kind in devices.NAMES if set(kind.split("_")) <= words]
     return devices.device(max(known, key=len)).flops if known else 0
 
 
