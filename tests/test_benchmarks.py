@@ -34,7 +34,7 @@ def measured(*flags):
 
 def test_the_table():
     lines, found = measured(
-        "--rows=4x1024,2x4096", "--contenders=ours-torch,peft,peft-liger",
+        "--rows=4x1024", "--contenders=ours-torch,peft,peft-liger",
         "--repeats=3", "--budget=55",
     )  # fmt: skip
     results = {(r["row"], r["contender"]): r for r in found["results"]}
@@ -45,9 +45,9 @@ def test_the_table():
             4 * 64 / result["step_ms"] * 1000, rel=1e-3
         )
         assert result["peak_gib"] > 0.1 and result["first_step_s"] > 0
-        # ln 4096, and the adapters learn.
         assert len(result["losses"]) == 5
-        assert result["losses"][0] == pytest.approx(np.log(4096), rel=0.03)
+        # Random logits of a deviation of up to 1.
+        assert 0 < result["losses"][0] - np.log(4096) < 0.7
     ratio = found["ratios"]["4x1024"]["ours-torch/peft"]["speed"]
     speeds = ours["tokens_per_s"] / peft["tokens_per_s"]
     assert ratio == pytest.approx(speeds, rel=1e-2)

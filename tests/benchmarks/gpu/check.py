@@ -25,10 +25,10 @@ from tests.benchmarks import model
 from tests.benchmarks.gpu import plan, table
 from tests.benchmarks.processes import ROOT, Worker, say
 
-STEPS = 20
+STEPS, GAIN, RATE = 20, 4.0, 3e-3
 # Largest relative differences of losses, norms and what was trained. A sum of
 # another order rounds elsewhere, and AdamW carries that on.
-TOLERANCES = {"32 bits": (1e-4, 2e-3, 1e-2), "16 bits": (2e-2, 0.1, 0.3)}
+TOLERANCES = {"32 bits": (1e-4, 2e-3, 1e-2), "16 bits": (1e-2, 0.1, 0.3)}
 # The demo's exact match; 0.95 or more on every backend and machine so far.
 DEMO = 0.9
 _SECONDS = 420
@@ -269,7 +269,7 @@ def sizes(quick):
     """Heads as wide as 2B's where a GPU's shared memory matters."""
     if quick:
         return model.Sizes(2, 64, 4, 2, 16, 128, 4096, window=48)
-    return model.Sizes(4, 256, 4, 2, 256, 512, 4096, window=96)
+    return model.Sizes(3, 256, 4, 2, 256, 512, 4096, window=96)
 
 
 def batch(words, tokens):
@@ -299,13 +299,13 @@ def curve(spec, case):
             "backend": spec["backend"], "model.dtype": case["dtype"],
             "model.quantize": case.get("quantize", "none"),
             "model.compile": case.get("compile", "on"),
-            "lora.style": "standard", "train.learning_rate": 1e-2,
+            "lora.style": "standard", "train.learning_rate": RATE,
             "train.schedule": "constant",
         },
     )  # fmt: skip
     shape = sizes(spec["quick"])
     with attention(case.get("attention"), spec["gpu"]):
-        tuner = random_model.tuner(cfg, shape, steps=STEPS)
+        tuner = random_model.tuner(cfg, shape, steps=STEPS, gain=GAIN)
         kind = getattr(tuner.blocks, "attention", None)
         notes = {"losses": [], "norms": [], "attention": type(kind).__name__}
 

@@ -12,14 +12,17 @@ from keras_gemma_ft import runtime
 from keras_gemma_ft.formats import huggingface
 from tests.benchmarks import quantize
 
+_LOUD = ("query/kernel", "key/kernel", "embeddings")
 
-def causal_lm(sizes, dtype, mode="none"):
+
+def causal_lm(sizes, dtype, mode="none", gain=1.0):
     """A KerasHub `GemmaCausalLM`, by the way on which files are loaded.
 
     Args:
         sizes: `model.Sizes`.
         dtype: Keras policy.
         mode: as --model.quantize.
+        gain: of queries, keys and the table: with 4 the soft caps bite.
     """
     import keras_hub
 
@@ -31,6 +34,8 @@ def causal_lm(sizes, dtype, mode="none"):
     @functools.cache
     def value(kind, shape):
         array = quantize.values(rng, pool, kind, shape, shape)
+        if gain != 1 and kind.endswith(_LOUD):
+            array = (array.astype("float32") * gain).astype(array.dtype)
         if kind.endswith("/kernel") and mode != "none":
             return codes.encode(array, mode)
         if dtype != "bfloat16":
@@ -54,19 +59,20 @@ def causal_lm(sizes, dtype, mode="none"):
     return keras_hub.models.GemmaCausalLM(backbone=backbone, preprocessor=None)
 
 
-def tuner(cfg, sizes, *, steps):
+def tuner(cfg, sizes, *, steps, gain=1.0):
     """A compiled `FineTuner` of a random model, as a run builds it.
 
     Args:
         cfg: `config.Config`; its preset is not read.
         sizes: `model.Sizes`.
         steps: optimizer steps.
+        gain: as of `causal_lm`.
     """
     from keras_gemma_ft.model import presets
     from keras_gemma_ft.tuning import trainer
 
     dtype, _ = runtime.choose_dtype(cfg.model.dtype)
-    made = causal_lm(sizes, dtype, cfg.model.quantize)
+    made = causal_lm(sizes, dtype, cfg.model.quantize, gain)
     loaded = presets.Loaded(made, None, "")
     return trainer.build(cfg, loaded, steps=steps, warmup=0)
 
