@@ -11,7 +11,14 @@ import pytest
 
 from keras_gemma_ft import config
 from tests.benchmarks.gpu import __main__ as command
-from tests.benchmarks.gpu import check, launches, plan, report, table
+from tests.benchmarks.gpu import (
+    check,
+    curves,
+    launches,
+    plan,
+    report,
+    table,
+)
 from tests.benchmarks.processes import ROOT
 
 pytestmark = pytest.mark.skipif(
@@ -53,6 +60,7 @@ def test_the_table():
     assert ratio == pytest.approx(speeds, rel=1e-2)
     liger = results["4x1024", "peft-liger"]
     assert "step_ms" not in liger and liger["left_out"]
+    assert ours["attention"] == "Tiles" and peft["attention"] is None
     assert found["card"]["name"] == "cpu" and found["versions"]["torch"]
     assert "--repeats=3" in found["command"]
     table_lines = [line for line in lines if line.startswith("|")]
@@ -74,7 +82,7 @@ class Failing:
     crowd = 0
 
     def __init__(self, name, spec, *, limit, deadline):
-        self.name, self.error = name, None
+        self.name, self.error, self.built = name, None, {}
 
     def build(self):
         pass
@@ -136,7 +144,8 @@ def test_who_is_on_the_card_together(monkeypatch):
     ]
     assert len(table._together(args, card, waiting)) == 2
     assert len(table._together(args, card, waiting[1:])) == 3
-    assert len(table._together(args, card, [{**waiting[0], "expected_gib": 99}])) == 1
+    large = {**waiting[0], "expected_gib": 99}
+    assert len(table._together(args, card, [large])) == 1
 
 
 def test_every_row_and_contender_is_planned():
@@ -186,19 +195,17 @@ def test_what_counts_as_a_launch():
 
 def test_curves_are_told_apart(monkeypatch):
     from keras_gemma_ft.model import compiled, torch_attention
+    from keras_gemma_ft.tuning import loss
     from tests.benchmarks.gpu import random_model
 
     spec = {"backend": "torch", "gpu": False, "quick": True}
     case = {"dtype": "float32", "compile": "on"}
-    monkeypatch.setattr(check, "STEPS", 6)
+    monkeypatch.setattr(curves, "STEPS", 6)
     monkeypatch.setattr(compiled, "inductor", compiled.inductor)
-    monkeypatch.setattr(random_model, "trace", random_model.trace)
-    from keras_gemma_ft.tuning import loss
-
     monkeypatch.setattr(loss, "_compiled", loss._compiled)
     random_model.trace()
-    want = check.curve(spec, {**case, "compile": "off"})
-    got = check.curve(spec, case)
+    want = curves.curve(spec, {**case, "compile": "off"})
+    got = curves.curve(spec, case)
     (result,) = check._pair("torch, float32", got, want)
     assert result["ok"] and result["loss"] < 1e-6
     assert result["attention"] == ["Tiles", "NoneType"]
@@ -207,7 +214,7 @@ def test_curves_are_told_apart(monkeypatch):
     monkeypatch.setattr(
         torch_attention, "choose", lambda b, dtype, cap: choose(b, dtype, None)
     )
-    wrong = check.curve(spec, case)
+    wrong = curves.curve(spec, case)
     (result,) = check._pair("torch, float32", wrong, want)
     assert result["ok"] is False
     failed = {"error": "OutOfMemoryError: of all"}

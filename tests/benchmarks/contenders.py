@@ -185,7 +185,9 @@ def fit_ours(spec, channel, tuner):
     # As `pipeline` reads ahead.
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     fed = feed.Feed(data.to_iter_dataset(ahead), tuner.meter)
-    fit(spec, channel, tuner, batch=lambda: batch(0), x=fed)
+    used = getattr(tuner.blocks, "attention", None)
+    facts = {"attention": type(used).__name__} if used else {}
+    fit(spec, channel, tuner, batch=lambda: batch(0), facts=facts, x=fed)
 
 
 def stock_model(spec, start):

@@ -4,7 +4,7 @@
     python -m tests.benchmarks.gpu --rows=4x1024,2x4096 --contenders=ours-torch
     python -m tests.benchmarks.gpu --check               # equality on the card
     python -m tests.benchmarks.gpu --launches            # kernels of a block
-    python -m tests.benchmarks.gpu --device=cpu --quick --table --check --launches
+    python -m tests.benchmarks.gpu --device=cpu --quick    # a rehearsal
 
 Gemma 2 2B and 9B of random weights, which each process makes for itself: no
 network, no files. All-linear LoRA of rank 8, AdamW, every token learned, in
@@ -104,10 +104,10 @@ def main():
     if args.check:
         found["check"] = check.run(args, card)
         print(check.markdown(found["check"]) + "\n", flush=True)
-    command = shlex.join(["python", "-m", "tests.benchmarks.gpu", *sys.argv[1:]])
+    command = ["python", "-m", "tests.benchmarks.gpu", *sys.argv[1:]]
     print(
         report.line(
-            card=card, versions=report.versions(), command=command,
+            card=card, versions=report.versions(), command=shlex.join(command),
             settings=vars(args), seconds=round(time.monotonic() - began, 1),
             **found,
         )

@@ -1,31 +1,24 @@
 """Equality on the card: what it computes is what the CPU computes.
 
-Twenty optimizer steps of a Gemma 2 that is small and complete (grouped heads, a
-window, soft caps, packed rows with padding), losses and the gradients' norms of
-each: on the card and on the CPU, compiled and op by op, FlexAttention and
-blocks of queries, Torch and JAX; in float32 without TF32, in bfloat16, and on an
-NF4 base. Then the demo by the commands that users type.
+`curves` of twenty optimizer steps, losses and the gradients' norms of each and
+the adapters at the end: on the card and on the CPU, compiled and op by op,
+FlexAttention and blocks of queries, Torch and JAX; in float32 without TF32, in
+16 bits, and on an NF4 base. Then the demo by the commands that users type.
 """
 
 import concurrent.futures
-import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from unittest import mock
 
 import numpy as np
 
-from keras_gemma_ft import config, runtime
-from tests.benchmarks import model
 from tests.benchmarks.gpu import plan, table
 from tests.benchmarks.processes import ROOT, Worker, say
 
-STEPS, GAIN, RATE = 20, 4.0, 3e-3
 # Largest relative differences of losses, norms and what was trained. A sum of
 # another order rounds elsewhere, and AdamW carries that on.
 TOLERANCES = {"32 bits": (1e-4, 2e-3, 1e-2), "16 bits": (1e-2, 0.1, 0.3)}
@@ -92,7 +85,7 @@ def _spec(args, backend, cases, gpu):
     if not gpu:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
     return {
-        "module": "gpu.check", "kind": "serve", "backend": backend,
+        "module": "gpu.curves", "kind": "serve", "backend": backend,
         "cases": cases, "gpu": gpu, "quick": args.quick,
         "environment": environment,
     }  # fmt: skip
@@ -238,120 +231,3 @@ def _command(args, verb, *flags):
         return json.loads(done.stdout.splitlines()[-1]), None
     say(done.stderr[-3000:])
     return None, f"{verb} ended with exit code {done.returncode}"
-
-
-# --- in the worker -----------------------------------------------------------
-
-
-def serve(spec, channel):
-    """The process of one backend and device: answers `build` with curves."""
-    runtime.start(config.Config(backend=spec["backend"]))
-    traced = spec["backend"] == "torch" and not spec["gpu"]
-    if traced:
-        from tests.benchmarks.gpu import random_model
-
-        random_model.trace()
-    found = {}
-    for case, settings in spec["cases"].items():
-        began = time.monotonic()
-        try:
-            found[case] = curve(spec, settings)
-        except RuntimeError as error:
-            # Of a compiler, a driver or the memory: the others can go on.
-            traceback.print_exc()
-            lines = str(error).strip().splitlines() or [""]
-            found[case] = {"error": f"{type(error).__name__}: {lines[0][:200]}"}
-        say(f"{spec['backend']} {case}: {time.monotonic() - began:.1f} s")
-    channel.answer(**found)
-
-
-def sizes(quick):
-    """Heads as wide as 2B's where a GPU's shared memory matters."""
-    if quick:
-        return model.Sizes(2, 64, 4, 2, 16, 128, 4096, window=48)
-    return model.Sizes(3, 256, 4, 2, 256, 512, 4096, window=96)
-
-
-def batch(words, tokens):
-    """Two rows: two examples and padding; one example."""
-    ids = model.rows(words, 2, tokens)
-    segments = np.ones((2, tokens), "int32")
-    positions = np.tile(np.arange(tokens, dtype="int32"), (2, 1))
-    cut, end = tokens // 3, tokens - tokens // 8
-    segments[0, cut:end], segments[0, end:] = 2, 0
-    positions[0, cut:] -= cut
-    learned = (segments > 0).astype("float32")
-    x = {"token_ids": ids[:, :-1], "segment_ids": segments,
-         "positions": positions}  # fmt: skip
-    return x, ids[:, 1:], learned / learned.sum()
-
-
-def curve(spec, case):
-    """{"losses", "norms", "attention"} of `STEPS` steps of a case."""
-    import keras
-
-    from keras_gemma_ft.tuning import feed
-    from tests.benchmarks.gpu import random_model
-
-    cfg = config.replace(
-        config.Config(),
-        {
-            "backend": spec["backend"], "model.dtype": case["dtype"],
-            "model.quantize": case.get("quantize", "none"),
-            "model.compile": case.get("compile", "on"),
-            "lora.style": "standard", "train.learning_rate": RATE,
-            "train.schedule": "constant",
-        },
-    )  # fmt: skip
-    shape = sizes(spec["quick"])
-    with attention(case.get("attention"), spec["gpu"]):
-        tuner = random_model.tuner(cfg, shape, steps=STEPS, gain=GAIN)
-        kind = getattr(tuner.blocks, "attention", None)
-        notes = {"losses": [], "norms": [], "attention": type(kind).__name__}
-
-        class Note(keras.callbacks.Callback):
-            def on_epoch_end(self, epoch, logs=None):
-                norm = tuner.optimizer.gradient_norm
-                norm = float(keras.ops.convert_to_numpy(norm))
-                notes["losses"].append(float(logs["loss"]))
-                notes["norms"].append(norm)
-
-        data = batch(shape.words, 48 if spec["quick"] else 384)
-        tuner.fit(
-            feed.Feed([data] * STEPS, tuner.meter), epochs=STEPS,
-            steps_per_epoch=1, callbacks=[Note()], shuffle=False, verbose=0,
-        )  # fmt: skip
-        values = [keras.ops.convert_to_numpy(v).ravel()
-                  for v in tuner.trainable_variables]  # fmt: skip
-    # A sample of what came of all gradients.
-    notes["trained"] = np.concatenate(values)[::11].astype(float).tolist()
-    return notes
-
-
-@contextlib.contextmanager
-def attention(kind, gpu):
-    """A block in which Torch's compiled attention is `kind`, if one is named.
-
-    On a CPU FlexAttention is its definition: the kernels have no backward pass
-    there.
-    """
-    if kind is None:
-        yield
-        return
-    from torch.nn.attention import flex_attention
-
-    from keras_gemma_ft.model import torch_attention
-
-    def choose(backbone, dtype, cap):
-        return getattr(torch_attention, kind)(cap)
-
-    patch = mock.patch.object
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(patch(torch_attention, "choose", choose))
-        if kind == "Flex" and not gpu:
-            masks = flex_attention.create_block_mask
-            stack.enter_context(
-                patch(flex_attention, "_validate_device", lambda *x: None)
-            )
-            stack.enter_context(patch(torch_attention, "_masks", lambda: masks))
-        yield

@@ -3,8 +3,9 @@
 On a GPU what torch.profiler sees run on the device: kernels, copies, fills. On
 a CPU, op by op: the operations that PyTorch dispatches, those aside that only
 change a view or reserve memory; compiled: what Inductor's scheduler holds
-after fusion, each of which becomes a kernel or a call of a library. FlexAttention
-does not run there: attention is the products and softmax of one block of queries.
+after fusion, each of which becomes a kernel or a call of a library.
+FlexAttention does not run there: attention is the products and the softmax of
+one block of queries.
 
 A block is the difference between a model of four and of two, over two; graphs
 are of blocks alone.
@@ -50,7 +51,8 @@ def count(args, card):
 def markdown(entries):
     """The table, and whether the ratio is what it has to be."""
     lines = [
-        "| one block, forward + backward | op by op | compiled | ratio | counted |",
+        "| one block, forward + backward | op by op | compiled | ratio | "
+        "counted |",
         "|---|---|---|---|---|",
     ]
     for entry in entries:

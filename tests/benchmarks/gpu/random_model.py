@@ -5,6 +5,7 @@ in seconds, and a quantised kernel never exists as a float.
 """
 
 import functools
+import warnings
 
 import numpy as np
 
@@ -48,10 +49,13 @@ def causal_lm(sizes, dtype, mode="none", gain=1.0):
         backbone = keras_hub.models.GemmaBackbone(
             **sizes.backbone(), dtype=dtype
         )
-        for variable in backbone.variables:
-            # The same kind in every layer: "attention/query/kernel".
-            kind = "/".join(variable.path.split("/")[-3:])
-            variable.assign(value(kind, tuple(variable.shape)))
+        with warnings.catch_warnings():
+            # What Torch copies may be read-only.
+            warnings.filterwarnings("ignore", message=".*not writable")
+            for variable in backbone.variables:
+                # The same kind in every layer: "attention/query/kernel".
+                kind = "/".join(variable.path.split("/")[-3:])
+                variable.assign(value(kind, tuple(variable.shape)))
         return backbone
 
     backbone, _ = weights.once("random", make, mode)

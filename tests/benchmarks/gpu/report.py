@@ -71,7 +71,8 @@ def versions():
 def markdown(entries):
     """The table, in the order of `plan.ROWS`."""
     lines = [
-        "| step | who | token/s | step, ms | peak GiB | share | first step, s |",
+        "| step | who | token/s | step, ms | peak GiB | share | "
+        "first step, s |",
         "|---|---|---|---|---|---|---|",
     ]
     for key, row in plan.ROWS.items():

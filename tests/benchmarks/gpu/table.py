@@ -148,6 +148,8 @@ def measure(args, card, batch, end):
                 entry["error"] = verdict(worker.error)
             else:
                 entry |= summary(entry, args, card, first, steps, memory)
+                # Which attention the compiled block of Torch has.
+                entry["attention"] = worker.built.get("attention")
     finally:
         for worker in workers:
             worker.close()
@@ -164,7 +166,7 @@ def prepare(worker):
 def verdict(error):
     """What an error says in a table."""
     signs = ("outofmemory", "out of memory", "resource exhausted",
-             "alloc failed", "can't allocate memory", "memoryerror")  # fmt: skip
+             "alloc failed", "can't allocate", "memoryerror")  # fmt: skip
     text = error.lower().replace("_", " ")
     return OUT if any(sign in text for sign in signs) else error
 
