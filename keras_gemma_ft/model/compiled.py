@@ -186,11 +186,56 @@ class Blocks:
         return x, torch.stack(finite)
 
 
-def inductor(graph, inputs):
-    """Torch's own compiler."""
+def inductor(graph, inputs, inner=None):
+    """Torch's own compiler.
+
+    Args:
+        graph, inputs: as Dynamo gives them to a backend.
+        inner: what compiles each of its two graphs; None is its own.
+    """
     from torch._inductor import compile_fx
 
-    return compile_fx.compile_fx(graph, inputs)
+    return compile_fx.compile_fx(
+        graph, inputs, inner or compile_fx.compile_fx_inner,
+        {"joint_custom_pre_pass": _marks()},
+    )  # fmt: skip
+
+
+@functools.cache
+def _marks():
+    """Hands on the mark of a clone to what it copies, and takes it out.
+
+    Inductor takes clones out before it divides the graph into forward and
+    backward: with them the marks would go, and nothing would be kept. Of a
+    view, what it shows is kept.
+    """
+    import torch
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    def viewing(node):
+        unsafe = torch.ops.aten._unsafe_view.default
+        return node.target is unsafe or getattr(node.target, "is_view", False)
+
+    class Marks(CustomGraphPass):
+        def __call__(self, graph):
+            clones = graph.find_nodes(
+                op="call_function", target=torch.ops.aten.clone.default
+            )
+            for node in clones:
+                mark, kept = node.meta.get("recompute"), node.args[0]
+                if mark != CheckpointPolicy.MUST_SAVE:
+                    continue
+                node.replace_all_uses_with(kept)
+                graph.erase_node(node)
+                while viewing(kept):
+                    kept = kept.args[0]
+                kept.meta["recompute"] = mark
+
+        def uuid(self):
+            return "keras_gemma_ft: marks of clones, 1"
+
+    return Marks()
 
 
 def tensors(backbone, block, pairs=None):
