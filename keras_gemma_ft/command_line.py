@@ -5,6 +5,7 @@ Precedence: default < the embedded model's recipe < `--config` file < flags.
 
 import math
 import pathlib
+import re
 import runpy
 import traceback
 
@@ -167,6 +168,28 @@ def _check_generate(generate):
     return wrong
 
 
+def _check_init(lora, quantize):
+    """What a start from the kernels cannot work with."""
+    said, wrong = f"--lora.init={lora.init}", []
+    if lora.init != "default" and lora.rank == 0:
+        wrong.append(
+            f"{said} is a start for adapters, and --lora.rank=0 has none. "
+            f"Drop it, or use --lora.rank=8."
+        )
+    if lora.init == "loftq" and quantize == "none":
+        wrong.append(
+            f"{said} fits the error of a quantised base, and this one is not. "
+            f"Add --model.quantize=nf4, or use --lora.init=pissa."
+        )
+    if lora.init == "pissa" and lora.dropout:
+        wrong.append(
+            f"{said} moves the kernels' principal part into the adapters, and "
+            f"--lora.dropout={lora.dropout} would drop it at random. Use "
+            f"--lora.dropout=0."
+        )
+    return wrong
+
+
 def check(config):
     """Refuses settings that cannot work, every offence in one message."""
     wrong = []
@@ -215,6 +238,16 @@ def check(config):
         f"--lora.rank=0 trains them. Use --lora.rank=8.",
     )
     refuse(
+        lora.rank == 0 and config.model.quantize_embedding != "none",
+        f"--model.quantize_embedding={config.model.quantize_embedding} "
+        f"freezes the token table, --lora.rank=0 trains it. Use --lora.rank=8.",
+    )
+    refuse(
+        not config.model.quantize_cache.strip(),
+        "--model.quantize_cache is empty; name a folder, or type "
+        "--model.quantize_cache=none.",
+    )
+    refuse(
         not 0 <= lora.dropout < 1,
         f"--lora.dropout={lora.dropout}: expected 0 or more and below 1.",
     )
@@ -227,11 +260,17 @@ def check(config):
         not 0 < train.learning_rate < math.inf,
         f"--train.learning_rate={train.learning_rate}: expected above 0.",
     )
+    refuse(
+        not re.fullmatch(r"auto|[1-9]\d*", config.hosts.local),
+        f"--hosts.local={config.hosts.local}: expected auto or the number of "
+        f"processes of this machine, as in --hosts.local=2.",
+    )
     refuse(config.seed < 0, f"--seed={config.seed}: expected 0 or more.")
     refuse(
         not config.run_dir.strip(),
         "--run_dir is empty; name a folder: --run_dir=runs/mine.",
     )
+    wrong += _check_init(lora, config.model.quantize)
     wrong += _check_generate(config.generate)
     for check_one in (
         lambda: targets(lora),

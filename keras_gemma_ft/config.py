@@ -23,7 +23,7 @@ TARGETS = (
     "ffw_linear",
 )
 TARGET_GROUPS = {"attention": TARGETS[:4], "all-linear": TARGETS}
-OPTIMIZERS = ("adamw", "adam", "adafactor", "lion", "sgd")
+OPTIMIZERS = ("adamw", "adamw8bit", "adam", "adafactor", "lion", "sgd")
 
 
 class UserError(Exception):
@@ -110,6 +110,13 @@ class Lora:
         "each head, B shared), 'standard' one pair as in the LoRA paper",
         ("keras", "standard"),
     )
+    init: str = setting(
+        "default",
+        "where A and B start: B at zero; 'pissa' at the kernel's principal "
+        "directions (arXiv 2404.02948), 'loftq' at the best fit of the "
+        "quantised base's error (arXiv 2310.08659)",
+        ("default", "loftq", "pissa"),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +130,12 @@ class Train:
         ("constant", "linear", "cosine"),
     )
     warmup: str = setting("3 %", "duration of the linear warm-up")
-    optimizer: str = setting("adamw", "a Keras optimizer", OPTIMIZERS)
+    optimizer: str = setting(
+        "adamw",
+        "a Keras optimizer; adamw8bit keeps AdamW's state in 8 bits (arXiv "
+        "2110.02861): 2 bytes a trained number, not 8",
+        OPTIMIZERS,
+    )
     weight_decay: float = setting(0.0, "decoupled weight decay")
     clip_norm: float = setting(1.0, "clip the global gradient norm; 0 is off")
     log_every: str = setting("10 steps", "duration between metrics lines")
@@ -163,6 +175,18 @@ class Model:
         "storage of the frozen decoder kernels",
         ("none", "int8", "int4", "nf4"),
     )
+    quantize_embedding: str = setting(
+        "none",
+        "storage of the frozen token table: int8 halves it, and is a little "
+        "less exact",
+        ("none", "int8"),
+    )
+    quantize_cache: str = setting(
+        "auto",
+        "folder that keeps quantised weights for the next run; 'auto' is "
+        "keras_gemma_ft/quantized in $XDG_CACHE_HOME or ~/.cache for models "
+        "from 256 MB on, 'none' keeps nothing",
+    )
     remat: str = setting(
         "auto",
         "recompute each decoder block in the backward pass",
@@ -171,7 +195,7 @@ class Model:
     scan: str = setting(
         "auto",
         "JAX: compile one loop over the decoder blocks, not every block; auto "
-        "does so from 16 blocks on",
+        "does so from 16 blocks on (on a GPU where blocks are recomputed)",
         ("auto", "on", "off"),
     )
     compile: str = setting(
@@ -186,9 +210,9 @@ class Model:
 class Hosts:
     count: int = setting(
         0,
-        "JAX: processes of the job, one a host; -1 asks the cluster (TPU pod, "
-        "Slurm, Kubernetes, MPI); 0 is $KERAS_DISTRIBUTION_NUM_PROCESSES, "
-        "else one",
+        "processes of the job, one a host (JAX, Torch); -1 asks the cluster "
+        "(JAX: TPU pod, Slurm, Kubernetes, MPI); 0 is "
+        "$KERAS_DISTRIBUTION_NUM_PROCESSES, else one",
     )
     index: int = setting(
         -1,
@@ -198,6 +222,12 @@ class Hosts:
         "",
         "address:port of process 0; '' is the first of "
         "$KERAS_DISTRIBUTION_JOB_ADDRESSES",
+    )
+    local: str = setting(
+        "auto",
+        "Torch: processes that train starts on this machine, a GPU each; "
+        "'auto' is one for each GPU, as far as the batch divides, else a "
+        "number",
     )
 
 

@@ -9,14 +9,16 @@ from keras_gemma_ft import config, runtime
 
 def evaluate(cfg):
     """Returns loss, perplexity and exact match of base and adapter."""
-    runtime.start(cfg)
+    backend = runtime.start(cfg)
     # After start: keras reads its backend when it is imported.
+    from keras_gemma_ft import workers
     from keras_gemma_ft.data import pipeline
     from keras_gemma_ft.formats import adapters
     from keras_gemma_ft.inference import evaluation
     from keras_gemma_ft.model import hosts, lora, presets
     from keras_gemma_ft.tuning import trainer
 
+    workers.say_one(cfg, backend)
     hosts.start(cfg)
     with hosts.agreed():
         loaded = presets.open(cfg)

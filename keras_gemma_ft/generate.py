@@ -15,10 +15,12 @@ from keras_gemma_ft import config, runtime
 def generate(cfg):
     """Returns {"completions": [{"prompt", "completion"}, ...]}."""
     prompts = _prompts(cfg.generate)
-    runtime.start(cfg)
+    backend = runtime.start(cfg)
     # After start: keras reads its backend when it is imported.
+    from keras_gemma_ft import workers
     from keras_gemma_ft.inference import chat
 
+    workers.say_one(cfg, backend)
     session = chat.load(cfg)
     if prompts is None:
         return {"completions": session.talk(sys.stdin)}

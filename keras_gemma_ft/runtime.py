@@ -34,6 +34,14 @@ class Stopped(Exception):
         self.result = result
 
 
+class Ended(Exception):
+    """A process that did our work ended with `status`, and has said why."""
+
+    def __init__(self, result, status):
+        super().__init__(f"exit code {status}")
+        self.result, self.status = result, status
+
+
 def main(verb, doc):
     """Runs a verb as a process: flags in, one JSON line out, an exit code.
 
@@ -60,6 +68,8 @@ def main(verb, doc):
         except Stopped as stop:
             print(f"Stopped: {stop}", file=sys.stderr)
             result, status = stop.result, RESUMABLE
+        except Ended as end:
+            result, status = end.result, end.status
         except KeyboardInterrupt:
             print("Interrupted.", file=sys.stderr)
             result, status = {"status": "interrupted"}, RESUMABLE
@@ -165,6 +175,7 @@ def start(cfg):
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if backend != "tensorflow":
         # keras_hub imports TensorFlow where it can: 3 s and 600 MB for code

@@ -17,6 +17,11 @@ def train(cfg):
             f"makes a new adapter. To go on with an interrupted run give its "
             f"--run_dir."
         )
+    from keras_gemma_ft import workers
+
+    workers.watch()
+    if (count := workers.wanted(cfg)) > 1:
+        return workers.run(cfg, count)
     backend = runtime.start(cfg)
     # After start: keras reads its backend when it is imported.
     from keras_gemma_ft.model import hosts
@@ -29,10 +34,15 @@ def train(cfg):
 
     def settled():
         # On process 0 for all: another host's memory may differ.
+        parts = hosts.count() if hosts.apart() else 1
+        own = _share(cfg, parts)
         asked, found = map(
-            config.flatten, (cfg, search.settle(cfg, settings, backend))
+            config.flatten, (own, search.settle(own, settings, backend))
         )
-        return {k: v for k, v in found.items() if v != asked[k]}
+        new = {k: v for k, v in found.items() if v != asked[k]}
+        if rows := new.get("data.micro_batch_size"):
+            new["data.micro_batch_size"] = rows * parts
+        return new
 
     cfg = config.replace(cfg, hosts.once(settled))
     try:
@@ -43,6 +53,13 @@ def train(cfg):
                 search.advice(cfg, settings, backend, error)
             ) from error
         raise
+
+
+def _share(cfg, parts):
+    """`cfg` as one of `parts` processes sees it, each with its own rows."""
+    sizes = ("data.batch_size", "data.micro_batch_size")
+    rows = cfg.data.batch_size, cfg.data.micro_batch_size
+    return config.replace(cfg, {k: n // parts for k, n in zip(sizes, rows)})
 
 
 if __name__ == "__main__":

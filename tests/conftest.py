@@ -35,6 +35,7 @@ ONCE = (
     "test_embedded_demo.py",
     "test_formats_*.py",
     "test_runtime.py",
+    "test_workers.py",
 )
 # ... but for these, which call KerasHub.
 EVERYWHERE = {

@@ -21,7 +21,8 @@ BELOW = {
     "embedded": {"config", "runtime"},
     "data": {"config"},
     "formats": {"config"},
-    "model": {"config", "runtime", "embedded", "data", "formats"},
+    "workers": {"config", "runtime", "data"},
+    "model": {"config", "runtime", "workers", "embedded", "data", "formats"},
 }
 BELOW["inference"] = BELOW["model"] | {"model"}
 BELOW["tuning"] = BELOW["inference"] | {"inference"}
@@ -30,7 +31,8 @@ FRAMEWORKS = {"keras", "keras_hub", "jax", "torch", "tensorflow"}
 # Heavy, or there on some machines only: imported where they are needed.
 LATE = FRAMEWORKS | {
     "datasets", "google", "gguf", "grain", "huggingface_hub", "jinja2",
-    "matplotlib", "pyarrow", "resource", "sentencepiece", "subprocess", "tqdm",
+    "matplotlib", "pyarrow", "resource", "sentencepiece", "subprocess",
+    "tokamax", "tqdm",
 }  # fmt: skip
 
 

@@ -280,3 +280,41 @@ def test_the_block_with_flex_attention(
         found = kept(backbone, recompute=False)
         want = 2 * backbone.num_layers
         assert found[tuple(sorted((2, tiny.T, 4, 16)))] == want
+
+
+def trained(folder, compile, **settings):
+    """(losses of four optimizer steps, the values that they trained)."""
+    import torch
+
+    from keras_gemma_ft.tuning import trainer
+
+    cfg = config.replace(config.Config(), {
+        "model.compile": compile, "data.batch_size": 4,
+        "data.micro_batch_size": 2, "train.learning_rate": 1e-2, **settings,
+    })  # fmt: skip
+    loaded = presets.load(str(folder))
+    tuner = trainer.build(cfg, loaded, steps=4, warmup=0)
+    ids, segments, positions = rows()
+    losses = []
+    for step in range(8):
+        x = {"token_ids": (ids + 3 * step) % tiny.V,
+             "segment_ids": segments, "positions": positions}
+        y = (x["token_ids"] * 7 + 1) % tiny.V
+        weight = (segments > 0).float() / 45
+        tuner.reset_metrics()
+        losses.append(float(tuner.train_step((x, y, weight))["loss"]))
+    values = [v.value.flatten() for v in tuner.trainable_variables]
+    assert (tuner.blocks is not None) == (compile == "on")
+    return np.array(losses), torch.cat(values).detach().double().numpy()
+
+
+@pytest.mark.parametrize("settings", [
+    {"lora.rank": 2, "lora.dropout": 0.2, "model.remat": "block"},
+    {"lora.rank": 0, "train.learning_rate": 1e-3},
+])  # fmt: skip
+def test_four_steps_of_training(folder, traced, settings):
+    got = trained(folder, "on", **settings)
+    want = trained(folder, "off", **settings)
+    tiny.close("losses", got[0], want[0], rtol=1e-5)
+    assert np.ptp(want[0]) > 0.1
+    assert apart(got[1], want[1]) < 1e-3

@@ -20,6 +20,7 @@ TAKES = {
     "train.checkpoint_every": "20 %",
     "train.warmup": "11",
     "lora.targets": "attention",
+    "hosts.local": "3",
 }
 
 

@@ -1,7 +1,8 @@
 """Two processes over loopback make one run: its numbers, its one folder.
 
-Process 1 is given a run folder of its own, which must stay absent: what it
-resumes from comes from process 0.
+On JAX each has 4 devices, and process 1 is given a run folder of its own, which
+must stay absent: what it resumes from comes from process 0. On Torch one
+command starts both.
 """
 
 import json
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import keras
 import numpy as np
@@ -18,12 +20,16 @@ import pytest
 from safetensors import numpy as safetensors
 from test_run import lines_of, metrics, settings, workshop  # noqa: F401
 
-from keras_gemma_ft import config
+from keras_gemma_ft import config, runtime
 from keras_gemma_ft.model import hosts, sharding
+from keras_gemma_ft.tuning import trainer
 
+BACKEND = keras.config.backend()
 pytestmark = pytest.mark.skipif(
-    keras.config.backend() != "jax", reason="many hosts are JAX only"
+    BACKEND == "tensorflow", reason="many processes are for JAX and Torch"
 )
+jax_only = pytest.mark.skipif(BACKEND != "jax", reason="of JAX's meshes")
+torch_only = pytest.mark.skipif(BACKEND != "torch", reason="of Torch")
 ROOT = pathlib.Path(__file__).parents[1]
 TRAIN = ("-m", "keras_gemma_ft.train")
 # Seconds that any one process may take; all are killed then.
@@ -94,7 +100,12 @@ def flags_of(cfg):
 
 # Rows for 8 devices; four windows of two steps, a checkpoint each.
 QUICK = {"data__batch_size": 8, "train__checkpoint_every": "2"}
-FULL = {"mesh": "8x1", "train__samples": 1, "train__exact_match": 2}
+FULL = {"train__samples": 1, "train__exact_match": 2}
+if BACKEND == "jax":
+    FULL["mesh"] = "8x1"
+else:
+    # Steps of two micro-batches: gradients are summed once, not twice.
+    QUICK["data__micro_batch_size"] = 4
 
 
 def run(
@@ -116,6 +127,16 @@ def run(
     return launch(commands, 4)
 
 
+def run_one_command(
+    workshop, folder, *, program=TRAIN, **changes  # noqa: F811
+):
+    """What the one command said that starts both processes itself: Torch."""
+    changes = {"hosts__local": "2", **QUICK, **changes}
+    cfg = settings(workshop, folder / "run", **changes)
+    (said,) = launch([[*program, *flags_of(cfg)]], 1)
+    return said
+
+
 def arrays(folder):
     return safetensors.load_file(folder / "adapter/adapter_model.safetensors")
 
@@ -125,6 +146,9 @@ def one(workshop, tmp_path_factory):  # noqa: F811
     """The folder of one process x 8 devices."""
     folder = tmp_path_factory.mktemp("one")
     cfg = settings(workshop, folder, **QUICK, **FULL)
+    if BACKEND == "torch":
+        trainer.run(cfg, BACKEND)
+        return folder
     ((code, _, err),) = launch([[*TRAIN, *flags_of(cfg)]], 8)
     assert code == 0, err
     return folder
@@ -134,9 +158,17 @@ def one(workshop, tmp_path_factory):  # noqa: F811
 def two(workshop, tmp_path_factory):  # noqa: F811
     """(folder, what both processes said) of a run with everything on."""
     folder = tmp_path_factory.mktemp("two")
+    if BACKEND == "torch":
+        said = [run_one_command(workshop, folder, **FULL)]
+        assert said[0][0] == 0, said[0][2]
+        return folder, said
     said = run(workshop, folder, **FULL)
     assert [code for code, *_ in said] == [0, 0], said[0][2] + said[1][2]
     return folder, said
+
+
+# AdamW's first steps take a gradient's sign, whatever its size.
+TOLERANCE = 1e-4 if BACKEND == "jax" else 1e-5
 
 
 def same(folder, reference):
@@ -151,7 +183,7 @@ def same(folder, reference):
     found, wanted = arrays(folder), arrays(reference)
     assert found.keys() == wanted.keys()
     for name in wanted:
-        np.testing.assert_allclose(found[name], wanted[name], atol=1e-4)
+        np.testing.assert_allclose(found[name], wanted[name], atol=TOLERANCE)
 
 
 def test_rows_over_hosts_give_the_numbers_of_one(one, two):
@@ -168,6 +200,7 @@ def test_rows_over_hosts_give_the_numbers_of_one(one, two):
     )
 
 
+@jax_only
 def test_weights_over_hosts_give_the_numbers_of_one(
     workshop, one, tmp_path  # noqa: F811
 ):
@@ -176,6 +209,7 @@ def test_weights_over_hosts_give_the_numbers_of_one(
     same(tmp_path / "run", one)
 
 
+@jax_only
 def test_process_0_writes_and_speaks_both_end_with_the_result(two):
     folder, ((_, first, told), (_, second, quiet)) = two
     assert json.loads(first) == json.loads(second)
@@ -191,10 +225,21 @@ def test_process_0_writes_and_speaks_both_end_with_the_result(two):
     assert "loss" not in quiet
 
 
+@torch_only
+def test_one_command_says_one_result(two):
+    folder, ((_, last, told),) = two
+    summary = json.loads((folder / "run/summary.json").read_text())
+    assert json.loads(last) == summary
+    assert (summary["status"], summary["hosts"]) == ("done", 2)
+    assert "hosts: starting 2 processes" in told
+    assert told.count("this one speaks") == told.count("exact_match") // 2 == 1
+
+
 def dying(who, step, number):
     return ("-c", DYING.format(who=who, step=step, number=int(number)))
 
 
+@jax_only
 def test_whatever_ends_a_process_the_same_command_goes_on(
     workshop, two, tmp_path  # noqa: F811
 ):
@@ -223,6 +268,209 @@ def test_whatever_ends_a_process_the_same_command_goes_on(
     assert not (tmp_path / "other").exists()
 
 
+# Starts two processes of the module `dying`.
+PARENT = """
+from keras_gemma_ft import runtime, workers
+runtime.main(lambda cfg: workers.run(cfg, 2, "dying"), "")
+"""
+
+
+@torch_only
+def test_a_process_is_killed_and_the_one_command_goes_on(
+    workshop, two, tmp_path, monkeypatch  # noqa: F811
+):
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
+    (tmp_path / "dying.py").write_text(dying(1, 6, signal.SIGKILL)[1])
+    code, last, err = run_one_command(
+        workshop, tmp_path, program=("-c", PARENT), **FULL
+    )
+    assert code == 75, err
+    last = json.loads(last)
+    assert last["status"] == "stopped"
+    assert "process 1 was ended by SIGKILL. The same command" in last["error"]
+    # The other one knows too, in the middle of a step.
+    assert "another process of this job is gone" in err
+    code, _, err = run_one_command(workshop, tmp_path, **FULL)
+    assert code == 0, err
+    assert "continuing at step 4 of 8" in err
+    assert metrics(tmp_path / "run") == metrics(two[0] / "run")
+    for name, array in arrays(two[0] / "run").items():
+        assert np.array_equal(arrays(tmp_path / "run")[name], array), name
+
+
+# Process 1 stops, its connections stay open: as of a machine without power.
+SILENT = """
+import os, signal, sys
+from keras_gemma_ft import runtime
+from keras_gemma_ft.model import torch_hosts
+who, where = int(sys.argv[1]), sys.argv[2]
+runtime.on_abort("another process is gone", 75)
+torch_hosts.join(2, who, where, wait=60, silence=2)
+assert torch_hosts.gather(b"%d" % who) == [b"0", b"1"]
+if who:
+    print(os.getpid(), flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+torch_hosts.gather(b"")
+"""
+
+
+@torch_only
+def test_a_silent_process_counts_as_gone():
+    where = f"127.0.0.1:{free_port()}"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", SILENT, str(who), where],
+            cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        )
+        for who in range(2)
+    ]  # fmt: skip
+    try:
+        out, _ = running[0].communicate(timeout=60)
+        assert running[1].poll() is None
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
+    assert running[0].returncode == 75
+    told = {"status": "stopped", "error": "another process is gone"}
+    assert json.loads(out) == told
+
+
+@torch_only
+def test_no_process_outlives_the_one_that_started_it(
+    workshop, tmp_path  # noqa: F811
+):
+    cfg = settings(workshop, tmp_path, hosts__local="2", **QUICK)
+    parent = subprocess.Popen(
+        [sys.executable, *TRAIN, *flags_of(cfg)],
+        cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    def children():
+        found = pathlib.Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        return found.read_text().split()
+
+    started = wait_for(lambda: len(children()) == 2 and children())
+    parent.kill()
+    parent.wait()
+    try:
+        wait_for(lambda: not any(map(alive, started)))
+    finally:
+        for pid in filter(alive, started):
+            os.kill(int(pid), signal.SIGKILL)
+
+
+def alive(pid):
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().split()[2]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def wait_for(told, seconds=30):
+    limit = time.monotonic() + seconds
+    while not (found := told()):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    return found
+
+
+# Two processes with gradients of their own, two micro-batches a step.
+SUMS = """
+import json, sys
+sys.modules["tensorflow"] = None
+import keras
+import numpy as np
+from torch import distributed
+from keras_gemma_ft import config
+from keras_gemma_ft.model import hosts, torch_hosts
+from keras_gemma_ft.tuning import optimizer
+who, where = int(sys.argv[1]), sys.argv[2]
+hosts.start(config.Config(hosts=config.Hosts(2, who, where)))
+torch_hosts._BUCKET = 4 * 8
+reduced, reduce = [], distributed.all_reduce
+def counted(tensor, *args, **kwargs):
+    reduced.append(tensor.numel())
+    return reduce(tensor, *args, **kwargs)
+distributed.all_reduce = counted
+train = config.Train(
+    optimizer="sgd", learning_rate=1.0, schedule="constant", clip_norm=4.0
+)
+def run(given, float16):
+    variables = [
+        keras.Variable(np.zeros_like(g, "float32")) for g in given[0]
+    ]
+    made = optimizer.build(
+        train, variables, steps=3, warmup=0, accumulation=2, float16=float16
+    )
+    norms = []
+    for part in given:
+        scale = float(made.dynamic_scale.numpy()) if float16 else 1.0
+        grads = [np.array(g, "float32") * np.float32(scale) for g in part]
+        made.apply([keras.ops.convert_to_tensor(g) for g in grads], variables)
+        norms.append(float(made.gradient_norm.numpy()))
+    found = [v.numpy().tolist() for v in variables], norms, list(reduced)
+    reduced.clear()
+    return found
+cases = json.loads(sys.argv[3])
+told = [run(given[who], i == 1) for i, given in enumerate(cases)]
+told.append(hosts.broadcast(b"%d" % who).decode())
+told.append(hosts.once(lambda: who))
+told.append(hosts.total(who + 1.5))
+try:
+    with hosts.agreed():
+        if who:
+            raise config.UserError("not mine")
+except config.UserError as error:
+    told.append(str(error))
+print(json.dumps(told))
+"""
+
+
+@torch_only
+def test_two_processes_sum_gradients_and_agree():
+    rng = np.random.default_rng(0)
+    shapes = ((3, 2), (4,), (5, 1))
+    # [process][micro-batch][variable]
+    given = [
+        [[rng.normal(0, 3, s) for s in shapes] for _ in range(4)]
+        for _ in range(2)
+    ]
+    want, norms = [np.zeros(s) for s in shapes], []
+    for step in range(2):
+        parts = [p for one in given for p in one[2 * step : 2 * step + 2]]
+        grads = [sum(g) / 2 for g in zip(*parts)]
+        norms.append(np.sqrt(sum((g**2).sum() for g in grads)))
+        factor = min(1.0, 4.0 / norms[-1])
+        want = [w - factor * g for w, g in zip(want, grads)]
+    plain = [[[g.tolist() for g in p] for p in one] for one in given]
+    # Float16: process 1 alone overflows once; neither takes that micro-batch.
+    scaled = [
+        [one[0], [np.full(s, value).tolist() for s in shapes], *one[1:]]
+        for one, value in zip(plain, (7.0, float("inf")))
+    ]
+    where = f"127.0.0.1:{free_port()}"
+    sent = json.dumps([plain, scaled])
+    said = launch([["-c", SUMS, str(i), where, sent] for i in range(2)], 1)
+    for code, last, err in said:
+        assert code == 0, err
+        *sums, told, once, total, mistake = json.loads(last)
+        for (found, measured, reduced), micro in zip(sums, (4, 5)):
+            for a, b in zip(found, want):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+            at = [1, 3] if micro == 4 else [2, 4]
+            np.testing.assert_allclose(np.take(measured, at), norms, rtol=1e-6)
+            # Buckets of 10 and 5 numbers a step; a word a micro-batch.
+            words = [1] * (5 if micro == 5 else 0)
+            assert sorted(reduced) == sorted([10, 5] * 2 + words)
+        assert (told, once, total) == ("0", 0, 4.0)
+        assert mistake == "process 1: not mine"
+    # To the last bit.
+    assert said[0][1] == said[1][1]
+
+
+@jax_only
 def test_processes_given_different_runs_all_refuse(
     workshop, tmp_path  # noqa: F811
 ):
@@ -234,6 +482,25 @@ def test_processes_given_different_runs_all_refuse(
         assert "--seed: 3 there, 4 now" in told
 
 
+@torch_only
+def test_processes_that_do_not_come(monkeypatch):
+    monkeypatch.setattr(hosts, "JOIN", 1)
+    monkeypatch.setattr(runtime, "on_abort", lambda *words: None)
+    where = f"127.0.0.1:{free_port()}"
+    for index in range(2):
+        cfg = config.Config(hosts=config.Hosts(2, index, where))
+        with pytest.raises(config.UserError, match="within 1 s. Start every"):
+            hosts.start(cfg)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        cfg = config.Config(hosts=config.Hosts(2, 0, where))
+        with pytest.raises(config.UserError, match="the port must be free"):
+            hosts.start(cfg)
+
+
+@jax_only
 def test_a_coordinator_that_does_not_answer():
     program = """if True:
         from keras_gemma_ft import runtime
@@ -254,49 +521,10 @@ def test_a_coordinator_that_does_not_answer():
     assert told["error"] in err
 
 
-def asked(count=0, index=-1, coordinator="", **environment):
-    variables = {
-        f"KERAS_DISTRIBUTION_{k}": str(v) for k, v in environment.items()
-    }
-    return hosts.settings(
-        config.Hosts(count=count, index=index, coordinator=coordinator),
-        variables,
-    )
-
-
-def test_what_the_settings_mean():
-    assert asked() is None
-    assert asked(1) is None
-    assert asked(-1) == (None, None, None)
-    assert asked(2, 1, "a:1") == (2, 1, "a:1")
-    address = {"JOB_ADDRESSES": "a:1,b:2", "PROCESS_ID": 1}
-    assert asked(NUM_PROCESSES=2, **address) == (2, 1, "a:1")
-    assert asked(2, 0, **address) == (2, 0, "a:1")
-    assert asked(2, 0, "c:3", **address) == (2, 0, "c:3")
-
-
-@pytest.mark.parametrize(
-    "given, told",
-    [
-        ({"count": 2, "index": 2}, ["numbered 0 to 1", "10.0.0.1:1234"]),
-        ({"count": 2, "coordinator": "a"}, ["index=-1", "coordinator=a:"]),
-        ({"count": -1, "index": 0}, ["asks the cluster"]),
-        ({"index": 1}, ["--hosts.count=2"]),
-        ({"JOB_ADDRESSES": "a:1"}, ["--hosts.count=2"]),
-        ({"NUM_PROCESSES": "x"}, ["KERAS_DISTRIBUTION_NUM_PROCESSES=x"]),
-    ],
-)
-def test_settings_that_do_not_fit(given, told):
-    with pytest.raises(config.UserError) as caught:
-        asked(**given)
-    for part in told:
-        assert part in str(caught.value)
-
-
 def test_another_backend_is_refused(monkeypatch):
-    monkeypatch.setattr(keras.config, "backend", lambda: "torch")
+    monkeypatch.setattr(keras.config, "backend", lambda: "tensorflow")
     cfg = config.Config(hosts=config.Hosts(2, 0, "127.0.0.1:1"))
-    with pytest.raises(config.UserError, match="--backend=jax"):
+    with pytest.raises(config.UserError, match="--backend=torch"):
         hosts.start(cfg)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -11,12 +12,14 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+import safetensors
 import tiny
 from keras import ops
 
 from keras_gemma_ft import config
-from keras_gemma_ft.formats import huggingface
-from keras_gemma_ft.model import presets, weights
+from keras_gemma_ft.formats import huggingface, tensors
+from keras_gemma_ft.inference import chat
+from keras_gemma_ft.model import codes, forward, lora, presets, weights
 
 BACKEND = keras.config.backend()
 
@@ -133,6 +136,172 @@ def test_bytes_are_told_before_loading(forms, folder):
         if "gemma2_2b" in name:
             assert presets._bytes(name, "float16") == 2 * 2_614_341_888
     assert presets._bytes("kaggle://a/b/keras/c", "float16") is None
+
+
+# --- weights that were kept ---------------------------------------------------
+
+
+@pytest.fixture
+def kept(forms, tmp_path, capsys):
+    """A function that loads a form quantised: (loaded, what was said)."""
+
+    def load(form, folder=None, **settings):
+        settings = {"quantize": "nf4", "quantize_embedding": "int8"} | settings
+        where = str(tmp_path / "kept" if folder is None else folder)
+        settings = config.Model(**{"quantize_cache": where} | settings)
+        loaded = presets.load(str(forms.get(form, form)), model=settings)
+        return loaded, capsys.readouterr().err
+
+    load.folder = tmp_path / "kept"
+    return load
+
+
+def _values(loaded):
+    variables = loaded.causal_lm.backbone.variables
+    return {
+        v.path.partition("/")[2] or v.path: ops.convert_to_numpy(v.value)
+        for v in variables
+    }
+
+
+def _same(one, other):
+    assert list(one) == list(other)
+    for name, value in one.items():
+        assert value.dtype == other[name].dtype
+        np.testing.assert_array_equal(value, other[name], name)
+
+
+@FORMS
+def test_the_second_load_is_from_the_cache(kept, forms, form, monkeypatch):
+    plain = presets.load(str(forms[form]))
+    first, said = kept(form)
+    assert "are kept for the next run" in said
+    (file,) = kept.folder.iterdir()
+
+    def read(*args, **kwargs):
+        raise AssertionError("the source was read")
+
+    for target in ("encode", "encode_table"):
+        monkeypatch.setattr(codes, target, read)
+    monkeypatch.setattr(huggingface, "read_tensors", read)
+    second, said = kept(form)
+    assert f"from the cache, {file}" in said
+    _same(_values(first), _values(second))
+    # Of the float weights, so that a run that was stopped goes on.
+    assert first.fingerprint == second.fingerprint == plain.fingerprint
+    scalars = {
+        forward.query_scale(x.causal_lm.backbone)
+        for x in (plain, first, second)
+    }
+    assert len(scalars) == 1
+    # And it is a file that others read.
+    with safetensors.safe_open(file, "numpy") as opened:
+        assert "token_embedding/codes" in {*opened.keys()}
+
+
+def _flip(file):
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    file.write_bytes(data)
+
+
+def _cut(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _scribble(file):
+    file.write_bytes(b"\xff" * 100)
+
+
+@pytest.mark.parametrize("harm", [_flip, _cut, _scribble])
+def test_what_is_damaged_is_made_anew(kept, harm):
+    first, _ = kept("huggingface")
+    (file,) = kept.folder.iterdir()
+    whole = file.read_bytes()
+    harm(file)
+    second, said = kept("huggingface")
+    assert f"{file} is damaged" in said and "are kept for" in said
+    _same(_values(first), _values(second))
+    assert [*kept.folder.iterdir()] == [file] and file.read_bytes() == whole
+
+
+def test_what_is_not_the_same_is_another_file(kept, forms, tmp_path):
+    preset = shutil.copytree(forms["huggingface"], tmp_path / "preset")
+    kept(preset)
+    kept(preset, quantize="int8")
+    kept(preset, quantize_embedding="none")
+    os.utime(preset / "model.safetensors", (1, 1))
+    _, said = kept(preset)
+    assert "from the cache" not in said
+    assert len([*kept.folder.iterdir()]) == 4
+
+
+def test_nothing_is_kept_of_what_needs_it_not(kept, tmp_path):
+    for settings in (
+        {"quantize_cache": "none"},
+        # A small model, in the place for all.
+        {"quantize_cache": "auto"},
+        {"quantize": "none", "quantize_embedding": "none"},
+    ):
+        _, said = kept("huggingface", **settings)
+        assert "kept" not in said
+    assert not kept.folder.exists()
+    assert not (config.cache_folder("quantized") or tmp_path / "x").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_told(kept, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    loaded, said = kept("huggingface", tmp_path / "file")
+    assert "are not kept in" in said and loaded.fingerprint
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage._replace(free=1000)
+    )
+    _, said = kept("huggingface")
+    assert "0.0 GiB are free" in said
+    monkeypatch.undo()
+
+    def full(writer, name, array):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensors.Writer, "put", full)
+    _, said = kept("huggingface")
+    assert said.count("No space left on device") == 1
+    assert not [*kept.folder.iterdir()]
+
+
+def test_what_a_killed_process_left_goes_in_a_day(kept):
+    kept.folder.mkdir()
+    old, new = (kept.folder / f".{i}.{i}.partial" for i in range(2))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    kept("huggingface")
+    assert not old.exists() and new.exists()
+
+
+def test_a_source_that_changes_is_not_kept(kept, forms, tmp_path, monkeypatch):
+    preset = shutil.copytree(forms["huggingface"], tmp_path / "preset")
+    read = huggingface.read_tensors
+
+    def touching(folder):
+        yield from read(folder)
+        os.utime(preset / "model.safetensors", (1, 1))
+
+    monkeypatch.setattr(huggingface, "read_tensors", touching)
+    _, said = kept(preset)
+    assert "not kept" in said and not [*kept.folder.iterdir()]
+
+
+def test_verbs_store_what_they_load(folder):
+    """`presets.open` is what train, evaluate and generate call."""
+    cfg = config.Config(
+        preset=str(folder), model=config.Model(quantize="int4")
+    )
+    backbone = presets.open(cfg).causal_lm.backbone
+    assert all(x._kernel is None for x in lora.layers(backbone))
+    session = chat.load(cfg)
+    assert session.generator.backbone.quantize_mode == "int4"
 
 
 # In a process of its own, whose peak is the loading's. Linux counts it anew.

@@ -73,11 +73,13 @@ def test_bytes_of_other_kinds():
         ("decoder_block_3/attention/key/lora_kernel_a", (4, 64, 8), 4),
         ("decoder_block_3/attention/key/codes", (4, 64, 32), 1),
         ("decoder_block_3/ffw_linear/absmax", (64, 8), 1),
+        ("token_embedding/codes", (352, 64), 1),
+        ("token_embedding/step", (352, 1), 4),
         ("dropout/state", (2,), 4),
     ]
     assert sharding.bytes_per_device(items, (8, 1)) == {
         "adapters": 4 * 64 * 8 * 4,
-        "embedding": 0,
+        "embedding": 352 * 64 / 8 + 4 * 352 / 8,
         "norms": 0,
         "attention": 4 * 64 * 32 / 8,
         "feed-forward": 64 * 8 / 8,
@@ -157,8 +159,8 @@ RUNS = {
     for mesh in ("none", "8x1", "1x8", "2x4")
 }
 RUNS["keras auto"] = TRAINED
-RUNS |= {f"nf4 {m}": {**TRAINED, "model.quantize": "nf4"}
-         for m in ("none", "8x1")}  # fmt: skip
+STORED = {"model.quantize": "nf4", "model.quantize_embedding": "int8"}
+RUNS |= {f"nf4 {m}": TRAINED | STORED for m in ("none", "8x1", "2x4")}
 
 
 @pytest.fixture(scope="module")

@@ -129,9 +129,14 @@ def micro_batches(batch_size, micro_batch_size, hosts=1):
             f"Type --data.batch_size={below} --data.micro_batch_size={rows}."
         )
     if rows % hosts:
+        rows_then = -(-rows // hosts) * hosts
+        cure = f"--data.micro_batch_size={rows_then}"
+        if batch_size % rows_then:
+            batch = -(-batch_size // rows_then) * rows_then
+            cure += f" --data.batch_size={batch}"
         raise UserError(
             f"A micro-batch of {rows} rows does not divide over {hosts} "
-            f"hosts. Type --data.micro_batch_size={-(-rows // hosts) * hosts}."
+            f"processes. Type {cure}."
         )
     return rows, batch_size // rows
 

@@ -21,7 +21,10 @@ from keras_gemma_ft.formats.keras_file import (
 )
 from keras_gemma_ft.formats.low_rank import (
     Adapter,
+    difference,
+    matrix,
     pair_shapes,
+    product,
     scale,
     stock_rank,
 )
@@ -31,8 +34,11 @@ from keras_gemma_ft.formats.peft_write import write_peft
 
 __all__ = [
     "Adapter",
+    "difference",
     "layer_index",
+    "matrix",
     "pair_shapes",
+    "product",
     "read",
     "read_keras",
     "read_peft",

@@ -13,6 +13,7 @@ import numpy as np
 import safetensors
 
 from keras_gemma_ft.config import UserError
+from keras_gemma_ft.formats import tensors
 from keras_gemma_ft.formats.names import (
     to_huggingface,
     to_keras,
@@ -319,8 +320,8 @@ def _shards(folder):
 
 
 def _stream(folder, found, head_dim):
+    headers = {shard: tensors.header(folder / shard)[0]
+               for shard in {*found.values()}}
     for name, shard in found.items():
-        # Opened for each: what was read of a map counts as memory until then.
-        with safetensors.safe_open(folder / shard, "numpy") as file:
-            array = file.get_tensor(name)
+        array = tensors.read(folder / shard, headers[shard][name])
         yield to_keras(name, array, head_dim=head_dim)

@@ -37,6 +37,8 @@ class Adapter:
         weights: {(layer, target): (A, B)}, float32 numpy arrays. A foreign
             file may lack some layers of a target: those are not adapted.
         base: name of the preset that it was trained on.
+        init: of `config.Lora`; other than "default": what training changed,
+            of twice its rank, made by `difference`.
     """
 
     style: str
@@ -47,6 +49,7 @@ class Adapter:
     targets: tuple
     weights: dict
     base: str = ""
+    init: str = "default"
 
 
 def scale(rank, alpha, rslora=False):
@@ -63,6 +66,53 @@ def pair_shapes(style, target, kernel, rank):
         heads, hidden, head = kernel
         return (hidden, rank), (rank, heads, head)
     return (*kernel[:-1], rank), (rank, kernel[-1])
+
+
+def matrix(style, target, kernel):
+    """A kernel as the matrix [rows, columns] that A B, flattened, adds to.
+
+    Style "keras" stacks the heads of query, key and value, which share B:
+    [N D, H]. Style "standard" puts them side by side: [D, N H].
+    """
+    if style == "standard" and target in HEADED:
+        kernel = kernel.transpose(1, 0, 2)
+        return kernel.reshape(len(kernel), -1)
+    return kernel.reshape(-1, kernel.shape[-1])
+
+
+def product(style, target, a, b):
+    """A B with the kernel's shape; not scaled."""
+    rank = len(b)
+    flat = a.reshape(-1, rank) @ b.reshape(rank, -1)
+    if style == "standard" and target in HEADED:
+        return flat.reshape(len(a), *b.shape[1:]).transpose(1, 0, 2)
+    return flat.reshape(*a.shape[:-1], -1)
+
+
+def difference(adapter, start):
+    """What training changed: s (A B - A0 B0) as an adapter of twice the rank.
+
+    Its pairs are [A, A - A0] x [B - B0; B0]. [A, A0] x [B; -B0] is equal, but
+    in 16 bits would lose a small difference of large products.
+
+    Args:
+        adapter: what is there now.
+        start: an adapter of the same shapes, with A0 and B0.
+    """
+    weights = {}
+    for key, (a, b) in adapter.weights.items():
+        a0, b0 = start.weights[key]
+        weights[key] = (
+            np.concatenate([a, a - a0], -1),
+            np.concatenate([b - b0, b0], 0),
+        )
+    rank = 2 * adapter.rank
+    alpha = 2 * adapter.alpha
+    if adapter.rslora:
+        alpha = rank * scale(adapter.rank, adapter.alpha, True)
+    return dataclasses.replace(
+        adapter, rank=rank, alpha=alpha, rslora=False, weights=weights
+    )
 
 
 def to_peft(style, target, a, b):

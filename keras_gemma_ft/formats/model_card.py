@@ -37,12 +37,36 @@ model = PeftModel.from_pretrained(base, "this folder")
 ```
 
 vLLM: {vllm}.
-{patterns}{notes}"""
+{patterns}{started}{notes}"""
 
 _PATTERNS = """
 Layers differ in rank (`rank_pattern`); a reader must take each layer's alpha
 from `alpha_pattern`, or scale all of them by `lora_alpha / r`: both give the
 same numbers.
+"""
+
+
+# What A B stood for at the start, by `Adapter.init`.
+_STARTS = {
+    "pissa": (
+        "PiSSA (arXiv 2404.02948): A0 B0 held the principal directions of "
+        "each kernel W,\nand W - s A0 B0 was frozen, in the run's own storage"
+    ),
+    "loftq": (
+        "LoftQ (arXiv 2310.08659): each kernel W was quantised to Q and "
+        "frozen,\nand A0 B0 was the best fit of its error, W - Q ~ s A0 B0"
+    ),
+}
+_STARTED = """
+## On the original base
+
+Training started from {start}.
+This folder holds what training changed, s (A B - A0 B0): the pairs
+[A, A - A0] x [B - B0; B0], of twice the rank, {doubled}. Load it, as above, on
+the original base weights in 16 or 32 bits, never on a residual or on Q with
+A0 B0 added. If the run did not quantise its base, that is the trained model up
+to rounding. If it did, it is the trained model without the error of
+quantising that A0 B0 had left, and its loss differs by as much from the run's.
 """
 
 
@@ -77,11 +101,14 @@ def model_card(adapter, config, notes=""):
     if re.fullmatch(r"[\w\-]+/[\w.\-]+", base):
         front.insert(0, f"base_model: {base}")
     factor = low_rank.scale(adapter.rank, adapter.alpha, adapter.rslora)
+    start = _STARTS.get(adapter.init)
+    # A `low_rank.difference` has twice the rank and alpha of the training.
+    fold = 2 if start else 1
     rslora = f", rsLoRA (scale {factor:g})" if adapter.rslora else ""
     text = _TEXT.format(
         base=adapter.base or "not recorded",
-        rank=adapter.rank,
-        alpha=adapter.alpha,
+        rank=adapter.rank // fold,
+        alpha=adapter.alpha / fold,
         rslora=rslora,
         style=adapter.style,
         dropout=adapter.dropout,
@@ -90,6 +117,9 @@ def model_card(adapter, config, notes=""):
         base_code=json.dumps(base or "the base model"),
         vllm=vllm_note(config["r"]),
         patterns=_PATTERNS if config["rank_pattern"] else "",
+        started=_STARTED.format(start=start, doubled=adapter.rank)
+        if start
+        else "",
         notes=f"\n{notes.strip()}\n" if notes.strip() else "",
     )
     return "---\n" + "\n".join(front) + "\n---\n" + text

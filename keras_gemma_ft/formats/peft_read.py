@@ -211,8 +211,10 @@ def _lies(adapter, kernels):
         yield f"style {adapter.style!r}"
     if not (is_number(adapter.alpha) and is_number(adapter.dropout)):
         yield "alpha or dropout is no number"
-    if type(adapter.rslora) is not bool or type(adapter.base) is not str:
-        yield "rslora or base has a wrong type"
+    if type(adapter.rslora) is not bool or {
+        type(adapter.base), type(adapter.init)
+    } != {str}:
+        yield "rslora, base or init has a wrong type"
     if adapter.targets != low_rank.ordered(t for _, t in adapter.weights):
         yield f"targets {adapter.targets}"
     for (_, target), (a, b) in adapter.weights.items():

@@ -18,6 +18,7 @@ head_dim, f ffw, r rank.
 import collections
 import dataclasses
 import functools
+import logging
 
 import keras
 
@@ -104,6 +105,8 @@ class Blocks:
         torch._dynamo.config.recompile_limit = max(
             _VERSIONS, torch._dynamo.config.recompile_limit
         )
+        # It warns of operations in place; there are none.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel("ERROR")
         self.backbone, self.recompute = backbone, recompute
         settings = getattr(backbone, "lora", None)
         n, k = backbone.num_query_heads, backbone.num_key_value_heads
@@ -160,15 +163,19 @@ class Blocks:
         window = None
         if backbone.use_sliding_window_attention:
             window = backbone.sliding_window_size
+        pairs = quantize.PAIRS.get(self.facts.quantized)
+        if pairs is not None:
+            pairs = torch.as_tensor(pairs, device=x.device)
         looks = self.attention.looks(segment_ids, window)
         trained = torch.is_grad_enabled()
-        # As in every other block, which so is the same function.
-        x = x.detach().requires_grad_(trained)
+        if not x.requires_grad:
+            # As in every other block, which so is the same function.
+            x = x.detach().requires_grad_(trained)
         for i, block in enumerate(backbone.transformer_layers):
             look = looks[bool(block.use_sliding_window_attention)]
             seed = None if seeds is None else seeds[i]
             x = self._run(
-                tensors(backbone, block), look, rope, seed, x,
+                tensors(backbone, block, pairs), look, rope, seed, x,
                 self.recompute and trained,
             )  # fmt: skip
         return x
@@ -181,8 +188,14 @@ def inductor(graph, inputs):
     return compile_fx.compile_fx(graph, inputs)
 
 
-def tensors(backbone, block):
-    """{name: tensor} of a block: norms, kernels or what is stored, A and B."""
+def tensors(backbone, block, pairs=None):
+    """{name: tensor} of a block: norms, kernels or what is stored, A and B.
+
+    Args:
+        backbone: the model.
+        block: one of its decoder blocks.
+        pairs: `quantize.PAIRS` of the mode in which kernels are stored.
+    """
     found = {
         name: getattr(block, name).scale.value
         for name in _NORMS
@@ -192,8 +205,10 @@ def tensors(backbone, block):
     adapted = config.targets(settings) if settings else ()
     for target in config.TARGETS:
         dense = lora.layer(block, target)
-        if getattr(dense, "stored", None):
+        if dense._kernel is None:
             found[target] = {k: v.value for k, v in dense.stored.items()}
+            if pairs is not None:
+                found[target]["pairs"] = pairs
         else:
             found[target] = dense._kernel.value
         if target in adapted:
@@ -335,7 +350,9 @@ def _dropped(facts, seed, name, x):
 def _kernel(facts, name, stored, dtype):
     """A frozen or trained kernel as the matrix [in, out]."""
     if isinstance(stored, dict):
-        stored = quantize.decode(stored, facts.quantized, dtype)
+        pairs = stored.get("pairs")
+        stored = {k: v for k, v in stored.items() if k != "pairs"}
+        stored = quantize.decode(stored, facts.quantized, dtype, pairs)
     return _matrix(name, stored.to(dtype))
 
 

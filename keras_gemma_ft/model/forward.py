@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_gemma_ft.model import attention, kernels, lora, quantize, sharding
+from keras_gemma_ft.model import attention, kernels, lora, sharding, tables
 from keras_gemma_ft.model import scan as scanned
 
 # Numbers of a feed-forward layer's output on a device at once, where blocks
@@ -51,8 +51,7 @@ def hidden_states(
     Returns:
         [B, T, d] in the compute dtype; with a cache, (that, the new cache).
     """
-    table = quantize.embedding(backbone)
-    x = sharding.by_rows(ops.take(table, token_ids, axis=0))
+    x = sharding.by_rows(tables.rows(tables.of(backbone), token_ids))
     residual = residual_dtype(backbone)
     # Gemma rounds sqrt(d) in the compute dtype; so do its weights expect it.
     root = ops.cast(np.sqrt(backbone.hidden_dim), backbone.compute_dtype)
@@ -89,8 +88,8 @@ def hidden_states(
 
 def logits(backbone, hidden):
     """Soft-capped float32 logits [..., V] of hidden states [..., d]."""
-    table = quantize.embedding(backbone)
-    return kernels.logits(hidden, table, backbone.final_logit_soft_cap)
+    table = tables.of(backbone)
+    return tables.logits(hidden, table, backbone.final_logit_soft_cap)
 
 
 def residual_dtype(backbone):
@@ -154,8 +153,7 @@ def _look(backbone, segment_ids):
     """{block.use_sliding_window_attention: function of (q, k, v)}."""
     windows = _windows(backbone)
     cap = backbone.attention_logit_soft_cap
-    # Two blocks or less are no faster and hardly smaller as blocks.
-    if segment_ids.shape[1] > 2 * attention.BLOCK:
+    if segment_ids.shape[1] > attention.whole():
         starts = attention.reach(segment_ids)
         return {
             kind: lambda q, k, v, window=window: attention.attend_in_blocks(
@@ -322,7 +320,7 @@ def in_parts(run, x, seed, width, weights=()):
     def part(x, number, *weights):
         own = seed
         if seed is not None:
-            # Torch adds the two words: far from those of blocks and steps.
+            # Far from those of blocks and steps.
             far = ops.convert_to_tensor([2**24, 0], seed.dtype)
             own = seed + ops.cast(number, seed.dtype) * far
         return run(x, own, *weights)

@@ -57,12 +57,13 @@ def enable(backbone, settings, *, seed=0):
         for name in names
         if settings.style == "keras" or name not in _HEADS
     ]
-    backbone.enable_lora(settings.rank, target_layer_names=stock)
-    if settings.style == "standard":
-        for block in backbone.transformer_layers:
-            for name in names:
-                if name in _HEADS:
-                    _add_standard(layer(block, name), settings.rank)
+    with quantize.shown(layers(backbone)):
+        backbone.enable_lora(settings.rank, target_layer_names=stock)
+        if settings.style == "standard":
+            for block in backbone.transformer_layers:
+                for name in names:
+                    if name in _HEADS:
+                        _add_standard(layer(block, name), settings.rank)
     backbone.lora = settings
     write(backbone, initial(backbone, seed=seed))
 
@@ -131,18 +132,25 @@ def _adapter(backbone, weights):
         targets=config.targets(settings),
         weights=weights,
         base=getattr(backbone, "preset", ""),
+        init=settings.init,
     )
 
 
 def read(backbone):
-    """The backbone's adapter as float32 numpy: `formats.adapters.Adapter`."""
-    return _adapter(
+    """The backbone's adapter as float32 numpy: `formats.adapters.Adapter`.
+
+    It is for the base as it was loaded: where A and B started from the
+    kernels (`lora_init.apply`), the difference to that start.
+    """
+    adapter = _adapter(
         backbone,
         {
             key: tuple(ops.convert_to_numpy(v.value) for v in pair)
             for key, pair in variables(backbone).items()
         },
     )
+    start = getattr(backbone, "lora_start", None)
+    return adapters.difference(adapter, start) if start else adapter
 
 
 def write(backbone, adapter):

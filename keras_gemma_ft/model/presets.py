@@ -5,6 +5,7 @@ A name is the embedded model, a KerasHub preset, a handle (`kaggle://`,
 """
 
 import collections
+import dataclasses
 import json
 import math
 import pathlib
@@ -16,7 +17,7 @@ import numpy as np
 from keras_gemma_ft import config, embedded, runtime
 from keras_gemma_ft.data import tokens
 from keras_gemma_ft.formats import huggingface, names
-from keras_gemma_ft.model import sharding, weights
+from keras_gemma_ft.model import cache, sharding, weights
 
 _CREDENTIALS = (
     "Gemma's weights are behind a licence. Accept it on the model's page, "
@@ -48,15 +49,25 @@ def open(cfg, *, full=False):
     if full and dtype != "float32":
         dtype = f"mixed_{dtype}"
     sharding.start(cfg, lambda: _bytes(cfg.preset, dtype))
-    loaded = load(cfg.preset, dtype=dtype)
+    model = cfg.model
+    if cfg.lora.init != "default":
+        # Adapters that start from the kernels must see them first.
+        model = dataclasses.replace(model, quantize="none")
+    loaded = load(cfg.preset, dtype=dtype, model=model)
     backbone = loaded.causal_lm.backbone
     runtime.say(
-        f"model: {cfg.preset}, {backbone.count_params():,} parameters, "
+        f"model: {cfg.preset}, {parameters(backbone):,} parameters, "
         f"{backbone.num_layers} layers, {len(backbone.variables)} variables "
         f"loaded once each, sha256 {loaded.fingerprint[:12]}"
     )
     runtime.say(f"weights: {sharding.describe(backbone.variables)}")
     return loaded
+
+
+def parameters(backbone):
+    """Numbers in a backbone's weights, however they are stored."""
+    shapes = names.variable_shapes(backbone.get_config())
+    return sum(map(math.prod, shapes.values()))
 
 
 def _bytes(preset, dtype):
@@ -76,12 +87,13 @@ def _bytes(preset, dtype):
     return width * sum(map(math.prod, shapes.values()))
 
 
-def load(preset, *, dtype="float32"):
+def load(preset, *, dtype="float32", model=config.Model()):
     """Loads a Gemma 2 and its tokenizer.
 
     Args:
         preset: see the module's docstring.
         dtype: Keras dtype policy of the weights and the computation.
+        model: how weights are stored, and where they are kept so.
 
     Returns:
         `Loaded(causal_lm, tokenizer, fingerprint)`: a `GemmaCausalLM` without
@@ -98,10 +110,7 @@ def load(preset, *, dtype="float32"):
             f"'float32' (~/.keras/keras.json) and use --model.dtype instead."
         )
     source = resolve(preset)
-    read = _from_keras_hub
-    if _is_huggingface(source):
-        read = _read_huggingface
-    backbone, fingerprint = weights.once(source, lambda: read(source, dtype))
+    backbone, fingerprint = _backbone(source, dtype, model)
     backbone.preset = preset
     tokenizer = tokens.Tokenizer(_tokenizer_proto(source))
     if tokenizer.vocabulary_size > backbone.vocabulary_size:
@@ -114,6 +123,50 @@ def load(preset, *, dtype="float32"):
         backbone=backbone, preprocessor=None
     )
     return Loaded(causal_lm, tokenizer, fingerprint)
+
+
+def _backbone(source, dtype, model):
+    """(backbone, fingerprint), from the cache where it is there."""
+    modes = model.quantize, model.quantize_embedding
+    folder = source if isinstance(source, pathlib.Path) else None
+    kept = cache.place(model, folder, dtype)
+    if kept is not None and kept.exists():
+        try:
+            found = cache.Kept(kept)
+            backbone, _ = weights.once(
+                source, lambda: _fill(_empty(source, dtype), found), *modes
+            )
+        except cache.Damaged as error:
+            cache.discard(kept, error)
+        else:
+            runtime.say(f"quantised weights: from the cache, {kept}")
+            return backbone, found.fingerprint
+    keeper = cache.Keeper(kept, folder)
+    read = _from_keras_hub
+    if _is_huggingface(source):
+        read = _read_huggingface
+    try:
+        backbone, fingerprint = weights.once(
+            source, lambda: read(source, dtype), *modes, keeper.note
+        )
+        keeper.finish(fingerprint, cache.place(model, folder, dtype))
+    finally:
+        keeper.drop()
+    return backbone, fingerprint
+
+
+def _empty(source, dtype):
+    """The backbone of a folder, no weight of which is read."""
+    if _is_huggingface(source):
+        return _huggingface_backbone(source, dtype)
+    return _from_keras_hub(source, dtype, load_weights=False)
+
+
+def _fill(backbone, kept):
+    """Gives a backbone its variables, as `cache.Kept` has them."""
+    for v in progress(backbone.variables, len(backbone.variables), "loading"):
+        v.assign(kept.value(v.path))
+    return backbone
 
 
 def resolve(preset):
@@ -196,7 +249,7 @@ def download(handle, files=_FILES):
         ) from None
 
 
-def _from_keras_hub(source, dtype):
+def _from_keras_hub(source, dtype, load_weights=True):
     """A backbone through KerasHub's own loader, errors with their cure."""
     if isinstance(source, pathlib.Path):
         # KerasHub's error about a broken one does not name the file.
@@ -205,7 +258,7 @@ def _from_keras_hub(source, dtype):
         # KerasHub reads a registered class name from config.json: refuse
         # others than Gemma before anything of the folder is built.
         backbone = keras_hub.models.GemmaBackbone.from_preset(
-            str(source), dtype=dtype
+            str(source), dtype=dtype, load_weights=load_weights
         )
     except Exception as error:
         cure = _cure(source, error)
@@ -248,17 +301,22 @@ def _cure(source, error):
 
 def _read_huggingface(folder, dtype):
     """A backbone filled from safetensors, one tensor in memory at a time."""
-    settings = huggingface.backbone_config(
-        huggingface.read_json(folder / "config.json")
-    )
-    scalar = settings.pop("query_pre_attn_scalar")
     stream = huggingface.read_tensors(folder)
-    backbone = keras_hub.models.GemmaBackbone(**settings, dtype=dtype)
-    backbone.query_pre_attn_scalar = scalar
+    backbone = _huggingface_backbone(folder, dtype)
     variables = {v.path.removeprefix(f"{backbone.name}/"): v
                  for v in backbone.variables}
     for path, array in progress(stream, len(variables), "loading"):
         variables[path].assign(array)
+    return backbone
+
+
+def _huggingface_backbone(folder, dtype):
+    settings = huggingface.backbone_config(
+        huggingface.read_json(folder / "config.json")
+    )
+    scalar = settings.pop("query_pre_attn_scalar")
+    backbone = keras_hub.models.GemmaBackbone(**settings, dtype=dtype)
+    backbone.query_pre_attn_scalar = scalar
     return backbone
 
 

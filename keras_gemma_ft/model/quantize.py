@@ -1,167 +1,191 @@
-"""Frozen kernels as they are stored, and as a matmul wants them.
+"""Layers whose weights are stored as codes, and those weights as they are used.
 
-Weight-only: a kernel is stored as codes in blocks along its last axis, each
-block with its largest magnitude (absmax), and is dequantised where it is used.
-The token table stays as it is: quantising it too ruins LoRA's gradients.
-
-int8, int4: code * absmax / 127 or 7. nf4: 16 quantiles of the normal
-distribution times absmax (QLoRA, arXiv 2305.14314, appendix E). The absmax
-itself is stored in 8 bits ("double quantisation"): linear between the least
-and the largest of the slices along the kernel's first axis. With blocks of 64
-that is 4.13 or 8.13 bits a weight.
+Weight-only: what `codes` makes of a kernel or of the token table takes the
+place of the layer's own variable, and is dequantised where it is used. A float
+table is the default: activations are never rounded, but in 8 bits its rows are
+off by half a percent, which the head sees in every logit.
 """
 
-import numpy as np
+import contextlib
+import types
+
+import keras
 from keras import ops
 
-from keras_gemma_ft import config
 from keras_gemma_ft.model import hosts, sharding
-
-_BLOCK = 64
-# Appendix E of the paper; bitsandbytes' `nf4` holds the same sixteen numbers.
-NF4 = np.array(
-    [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ],
-    "float32",
+from keras_gemma_ft.model.codes import (
+    PAIRS,
+    encode,
+    encode_table,
+    stored_as,
+    table_as,
 )
 
 
-def block_size(last):
-    """The largest even divisor of the last axis up to 64."""
-    sizes = [n for n in range(2, _BLOCK + 1, 2) if last % n == 0]
-    if not sizes:
-        raise config.UserError(
-            f"a kernel's last axis of {last} is odd and cannot be quantised. "
-            f"Use --model.quantize=none."
-        )
-    return sizes[-1]
+def decode(stored, mode, dtype, pairs=None):
+    """The kernel that `encode` stored, as a tensor of `dtype`.
 
-
-def encode(kernel, mode):
-    """A kernel as stored arrays.
+    Multiplied in float32 and rounded once.
 
     Args:
-        kernel: float numpy array [..., last].
-        mode: "int8", "int4" or "nf4".
-
-    Returns:
-        dict: `codes` int8 [..., last] or uint8 [..., last / 2] (two codes a
-        byte, the first in the high half), `absmax` uint8 [..., last / block],
-        `low` and `step` float32 [first axis, 1, ...] of the absmax.
+        stored: {name: array or tensor}.
+        mode: as of `encode`.
+        dtype: Keras's name; or Torch's, of Torch tensors.
+        pairs: `PAIRS[mode]` as a tensor, for a compiled function, to which
+            it must be an argument.
     """
-    kernel = np.asarray(kernel, "float32")
-    block = block_size(kernel.shape[-1])
-    blocks = kernel.reshape(*kernel.shape[:-1], -1, block)
-    absmax = np.abs(blocks).max(-1)
-    axes = tuple(range(1, absmax.ndim))
-    low = absmax.min(axes, keepdims=True)
-    step = np.maximum((absmax.max(axes, keepdims=True) - low) / 255, 1e-12)
-    stored = np.round((absmax - low) / step)
-    # Codes are chosen for the absmax that will be read back, not the true one.
-    unit = blocks / np.maximum(stored * step + low, 1e-30)[..., None]
-    if mode == "nf4":
-        middles = (NF4[1:] + NF4[:-1]) / 2
-        codes = np.searchsorted(middles, unit).astype("uint8")
-    else:
-        top = {"int8": 127, "int4": 7}[mode]
-        codes = np.clip(np.round(unit * top), -top, top).astype("int8")
-        if mode == "int4":
-            codes = (codes + 8).astype("uint8")
-    codes = codes.reshape(kernel.shape)
-    if mode != "int8":
-        codes = codes[..., 0::2] * 16 + codes[..., 1::2]
-    return {
-        "codes": codes,
-        "absmax": stored.astype("uint8"),
-        "low": low,
-        "step": step,
-    }
-
-
-def stored_as(shape, mode):
-    """{name: (shape, dtype)} of what `encode` makes of a kernel's shape."""
-    *rest, last = shape
-    per_slice = shape[0], *[1] * (len(shape) - 1)
-    return {
-        "codes": ((*rest, last if mode == "int8" else last // 2),
-                  "int8" if mode == "int8" else "uint8"),
-        "absmax": ((*rest, last // block_size(last)), "uint8"),
-        "low": (per_slice, "float32"),
-        "step": (per_slice, "float32"),
-    }  # fmt: skip
-
-
-def decode(stored, mode, dtype):
-    """The kernel that `encode` stored, as a tensor of `dtype`."""
-    codes = ops.convert_to_tensor(stored["codes"])
-    if mode != "int8":
-        pair = [ops.right_shift(codes, 4), ops.bitwise_and(codes, 15)]
-        codes = ops.stack(pair, axis=-1)
-        codes = ops.reshape(codes, (*codes.shape[:-2], 2 * codes.shape[-2]))
-    if mode == "nf4":
-        unit = ops.take(ops.convert_to_tensor(NF4), ops.cast(codes, "int32"))
-    else:
-        offset, top = {"int8": (0, 127), "int4": (8, 7)}[mode]
-        unit = (ops.cast(codes, "float32") - offset) / top
-    absmax = ops.cast(ops.convert_to_tensor(stored["absmax"]), "float32")
-    step, low = (
-        ops.convert_to_tensor(stored[name]) for name in ("step", "low")
+    stored = {name: _tensor(x) for name, x in stored.items()}
+    codes, absmax, low, step = (
+        stored[name] for name in ("codes", "absmax", "low", "step")
     )
-    absmax = absmax * step + low
-    shape = unit.shape
-    blocks = ops.reshape(unit, (*absmax.shape, shape[-1] // absmax.shape[-1]))
-    return ops.cast(ops.reshape(blocks * absmax[..., None], shape), dtype)
+    shape = absmax.shape
+    if mode == "int8":
+        unit = _cast(codes, "float32") * (1.0 / 127)
+    else:
+        unit = _taken(_tensor(PAIRS[mode]) if pairs is None else pairs, codes)
+    absmax = _shaped(_cast(absmax, "float32"), (*low.shape, -1))
+    absmax = absmax * step[..., None] + low[..., None]
+    last = codes.shape[-1] * (1 if mode == "int8" else 2)
+    blocks = _shaped(unit, (*shape, last // shape[-1]))
+    kernel = blocks * _shaped(absmax, (*shape, 1))
+    return _cast(_shaped(kernel, (*shape[:-1], last)), dtype)
 
 
-def apply(backbone, denses, mode):
-    """Replaces the kernels of `denses` by their stored form.
+# Torch's own words: its compiler cannot look through Keras's.
 
-    After LoRA is on: `enable_lora` wants to see the kernels.
+
+def _tensor(x):
+    if keras.config.backend() == "torch":
+        import torch
+
+        if isinstance(x, torch.Tensor):
+            return x
+    return ops.convert_to_tensor(x)
+
+
+def _cast(x, dtype):
+    if keras.config.backend() == "torch":
+        import torch
+
+        return x.to(getattr(torch, dtype) if type(dtype) is str else dtype)
+    return ops.cast(x, dtype)
+
+
+def _shaped(x, shape):
+    if keras.config.backend() == "torch":
+        return x.reshape(shape)
+    return ops.reshape(x, shape)
+
+
+def _taken(pairs, codes):
+    """Both numbers of each byte: [..., n] -> [..., n, 2]."""
+    if keras.config.backend() == "torch":
+        from torch.nn import functional
+
+        return functional.embedding(codes.int(), pairs)
+    return ops.take(pairs, ops.cast(codes, "int32"), axis=0)
+
+
+def apply(backbone, denses, mode, embedding="none"):
+    """Replaces float weights of a model that is there by their stored form.
+
+    `weights.once` encodes weights as they are read, so that the float model
+    never exists; what it has stored stays as it is.
 
     Args:
-        backbone: remembers the mode.
+        backbone: remembers the modes.
         denses: the decoder's EinsumDense layers.
-        mode: "int8", "int4" or "nf4".
+        mode: "int8", "int4", "nf4" or "none".
+        embedding: "int8" or "none".
     """
-    backbone.quantize_mode = mode
+    layer = backbone.token_embedding
+    table = embedding != "none" and layer._embeddings is not None
+    denses = [x for x in denses if mode != "none" and x._kernel is not None]
     for dense in denses:
-        values = {}
-        # The planner's model has shapes and no values.
-        if dense._kernel._value is not None:
-            values = encode(hosts.whole(dense._kernel.value), mode)
         kinds = stored_as(dense._kernel.shape, mode)
-        dense._tracker.unlock()
-        dense._untrack_variable(dense._kernel)
-        dense._kernel = None
-        dense.stored = {}
-        for name, (shape, dtype) in kinds.items():
-            dense.stored[name] = dense.add_weight(
-                name=name,
-                shape=shape,
-                dtype=dtype,
-                initializer="zeros",
-                trainable=False,
-                autocast=False,
-            )
-            if values:
-                dense.stored[name].assign(values[name])
-        dense._tracker.lock()
+        _apply(dense, kinds, lambda x: encode(x, mode))
+    if table:
+        _apply(layer, table_as(layer._embeddings.shape), encode_table)
+    if table or denses:
+        settle(backbone, mode, embedding)
+
+
+def _apply(layer, kinds, make):
+    old = getattr(layer, own(layer))
+    # The planner's model has shapes and no values.
+    values = {}
+    if old._value is not None:
+        values = make(hosts.whole(old.value))
+    attach(layer, kinds)
+    for name, value in values.items():
+        layer.stored[name].assign(value)
+    if keras.config.backend() == "torch":
+        # Whoever else holds the parameter: its memory is given back.
+        old.value.data = old.value.data.new_empty(0)
+
+
+def own(layer):
+    """Name of the attribute that is the float variable."""
+    return "_kernel" if hasattr(layer, "_kernel") else "_embeddings"
+
+
+def attach(layer, kinds):
+    """Makes `layer.stored`, {name: variable}, in the place of its weight.
+
+    Args:
+        layer: an EinsumDense or a ReversibleEmbedding.
+        kinds: {name: (shape, dtype)}.
+    """
+    name = own(layer)
+    layer._tracker.unlock()
+    layer._untrack_variable(getattr(layer, name))
+    if keras.config.backend() == "tensorflow":
+        # What TensorFlow would write of the layer is a list of its own.
+        layer._delete_tracking(name)
+    setattr(layer, name, None)
+    layer.stored = {
+        name: layer.add_weight(
+            name=name,
+            shape=shape,
+            dtype=dtype,
+            initializer="zeros",
+            trainable=False,
+            autocast=False,
+        )
+        for name, (shape, dtype) in kinds.items()
+    }
+    layer._tracker.lock()
+
+
+def settle(backbone, mode, embedding):
+    """Notes how weights are stored; Torch's modules forget the old ones."""
+    backbone.quantize_mode, backbone.quantize_embedding = mode, embedding
+    if keras.config.backend() != "torch":
+        return
+    # Every layer around has a list of its own.
+    for layer in backbone._flatten_layers():
+        if hasattr(layer, "_torch_params"):
+            layer._track_variables()
+
+
+@contextlib.contextmanager
+def shown(denses):
+    """A block in which layers with stored kernels show their shapes.
+
+    KerasHub's `enable_lora` asks a layer for its kernel's shape, and tells
+    the kernel that it is not trained.
+    """
+    hidden = [dense for dense in denses if dense._kernel is None]
+    for dense in hidden:
+        codes, absmax = dense.stored["codes"], dense.stored["absmax"]
+        width = 1 if codes.dtype == "int8" else 2
+        shape = (*absmax.shape[:-1], codes.shape[-1] * width)
+        dense._kernel = types.SimpleNamespace(shape=shape, trainable=False)
+    try:
+        yield
+    finally:
+        for dense in hidden:
+            dense._kernel = None
 
 
 def kernel(backbone, dense, dtype):
@@ -169,13 +193,7 @@ def kernel(backbone, dense, dtype):
 
     Not `dense.kernel`, which adds A B to it when LoRA is on.
     """
-    mode = getattr(backbone, "quantize_mode", None)
-    if mode and dense._kernel is None:
+    if dense._kernel is None:
         whole = {k: sharding.gathered(v) for k, v in dense.stored.items()}
-        return decode(whole, mode, dtype)
+        return decode(whole, backbone.quantize_mode, dtype)
     return ops.cast(sharding.gathered(dense._kernel), dtype)
-
-
-def embedding(backbone):
-    """The token table [V, d], in its own dtype; never quantised."""
-    return backbone.token_embedding.embeddings

@@ -24,7 +24,7 @@ def unrolled(run, layers, seeds, x, recompute):
         one = functools.partial(run, layer, seed)
         if recompute:
             one = keras.remat(one)
-        elif sharding.split():
+        elif sharding.split() or kernels.on_gpu():
             one = _keeping(one, kernels.KEPT)
         x = one(x)
     return x

@@ -144,7 +144,8 @@ def layout(path, shape, mesh):
     # A quantised kernel is codes and, a block of its last axis each, absmax.
     kernel = re.search(r"(\w+)/(?:kernel|codes|absmax)$", path)
     role = kernel[1] if kernel else ""
-    if path.endswith("token_embedding/embeddings"):
+    # Stored in 8 bits: codes, and a step of each word.
+    if re.search(r"token_embedding/(?:embeddings|codes|step)$", path):
         # Words over the axis that is there: fewest bytes moved at the head.
         wanted = [MODEL, BATCH] if size[MODEL] > 1 else [BATCH, None]
     elif role in ("query", "key", "value"):
@@ -297,6 +298,8 @@ def shard():
     Raises:
         UserError: a mesh on which two processes share some of their rows.
     """
+    if hosts.apart():
+        return hosts.index(), hosts.count()
     mesh = _mesh()
     if mesh is None or not hosts.many():
         return 0, 1

@@ -15,10 +15,18 @@ import numpy as np
 
 from keras_gemma_ft.model import attention, forward, quantize, sharding
 from keras_gemma_ft.planning import devices, shapes
-from keras_gemma_ft.tuning import loss
+from keras_gemma_ft.tuning import adamw8, loss
 
 # Numbers that an optimizer keeps for each trained one.
-_SLOTS = {"adamw": 2, "adam": 2, "adafactor": 0, "lion": 1, "sgd": 0}
+_SLOTS = {
+    "adamw": 2,
+    # Two bytes, and 8 for each block.
+    "adamw8bit": (2 + 8 / adamw8.BLOCK) / 4,
+    "adam": 2,
+    "adafactor": 0,
+    "lion": 1,
+    "sgd": 0,
+}
 # What CUDA, cuBLAS and the kernels take: 0.13 GiB beside PyTorch's on a T4, 0.34
 # on a V100 in public out-of-memory reports, 0.5 allowed on newer ones.
 _CONTEXT = 0.5 * devices.GIB

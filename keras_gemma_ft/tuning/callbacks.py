@@ -75,10 +75,12 @@ class Clock(keras.callbacks.Callback):
         self.waited += waited
         self.row_tokens += done
         optimizer = model.optimizer
+        # For the callbacks after this one too.
+        logs["loss"] = hosts.total(float(logs["loss"]))
         line = {
             "step": model.step,
             "tokens": learned,
-            "loss": float(logs["loss"]),
+            "loss": logs["loss"],
             "grad_norm": float(
                 ops.convert_to_numpy(optimizer.gradient_norm.value)
             ),

@@ -16,7 +16,7 @@ import functools
 import keras
 from keras import ops
 
-from keras_gemma_ft.model import kernels, sharding
+from keras_gemma_ft.model import kernels, sharding, tables
 
 CHUNK_BYTES = 24 * 2**20
 # Fewer tokens take longer to read the table than to multiply by it.
@@ -58,7 +58,7 @@ def token_loss(
 
     Args:
         hidden: [B, T, d], any float dtype.
-        table: [V, d], the tied embedding.
+        table: [V, d], the tied embedding, or stored as `tables` has it.
         y: int [B, T], the right words.
         weight: [B, T]; no work is done where it is 0. None is all ones.
         cap: soft cap of the logits; None is none.
@@ -75,8 +75,9 @@ def token_loss(
     by_words = not table_trained and _by_words(hidden, cap)
     compiled = compiled and not by_words
     size = chunk_size(
-        rows * t, table.shape[0], chunk, by_words=by_words, compiled=compiled
-    )
+        rows * t, tables.words(table), chunk, by_words=by_words,
+        compiled=compiled,
+    )  # fmt: skip
     # Chunks take the same columns of every row: a batch that is split over
     # devices stays split. Equal chunks, for one compiled body.
     columns = min(t, -(-size // rows))
@@ -90,7 +91,7 @@ def token_loss(
     y = ops.cast(ops.take_along_axis(y, spread, axis=1), "int32")
     run = _recomputed
     if not table_trained:
-        run, table = _frozen, ops.stop_gradient(ops.convert_to_tensor(table))
+        run = _frozen
     gradient = training and not table_trained
     one = _Chunk(cap, columns, chunks, gradient, by_words, compiled)
     losses = run(one, hidden, table, y, spread, most)
@@ -130,23 +131,23 @@ class _Chunk:
 
     def losses(self, h, table, y):
         """float32 [C]; differentiable in h and table."""
-        z = kernels.logits(h, table, self.cap)
+        z = tables.logits(h, table, self.cap)
         right = ops.take_along_axis(z, y[:, None], axis=-1)[:, 0]
         return ops.logsumexp(z, axis=-1) - right
 
     def losses_and_dh(self, h, table, y):
         """(float32 [C], [C, d]), not differentiable."""
-        table = ops.cast(table, h.dtype)
         if self.compiled:
-            losses, dz = _compiled()(h @ table.T, y, self.cap)
-            return losses, dz @ table
-        z = kernels.logits(h, table, self.cap)
+            z = tables.times(h, table)
+            losses, dz = _compiled()(z, y, self.cap)
+            return losses, tables.back(dz, table)
+        z = tables.logits(h, table, self.cap)
         total = ops.logsumexp(z, axis=-1, keepdims=True)
         right = ops.take_along_axis(z, y[:, None], axis=-1)
         dz = ops.exp(z - total) - ops.one_hot(y, z.shape[-1], dtype=z.dtype)
         if self.cap is not None:
             dz = dz * (1.0 - ops.square(z * (1.0 / self.cap)))
-        dh = ops.matmul(ops.cast(dz, h.dtype), table)
+        dh = tables.back(ops.cast(dz, h.dtype), table)
         return (total - right)[:, 0], dh
 
 
@@ -190,7 +191,10 @@ def _by_words(hidden, cap):
     if sharding.split():
         return False
     kind = keras.backend.standardize_dtype(hidden.dtype)
-    return kind == "float32" and cap is not None and cap <= kernels.SAFE_CAP
+    if cap is None or cap > kernels.SAFE_CAP:
+        return False
+    # Where 16 bits are slow they are multiplied as float32.
+    return kind == "float32" or kernels.slow(hidden)
 
 
 def _in_blocks(one, h, table, y):
@@ -201,14 +205,13 @@ def _in_blocks(one, h, table, y):
     A matmul rearranges the block it multiplies by: whole tables, chunk after
     chunk, would cost more than the products (V = 256,000, 64 tokens).
     """
-    words, d = table.shape
+    words, d = tables.words(table), h.shape[-1]
     # Neither the logits of a block nor its rows of the table take more.
     size = min(words, max(1, CHUNK_BYTES // (4 * max(h.shape[0], d))))
     blocks, rest = divmod(words, size)
-    table = ops.cast(table, h.dtype)
 
     def add(first, size, sums):
-        part = ops.slice(table, (first, 0), (size, d))
+        part = tables.part(table, first, size, h.dtype)
         return _add(h, part, one.cap, one.gradient, *sums)
 
     sums = ops.zeros((h.shape[0], 1)), ops.zeros(h.shape)
@@ -221,7 +224,7 @@ def _in_blocks(one, h, table, y):
     if rest:
         sums = add(blocks * size, rest, sums)
     total, dh = sums
-    right = ops.take(table, y, axis=0)
+    right = ops.cast(tables.rows(table, y), h.dtype)
     t = kernels.capped(ops.sum(h * right, -1, keepdims=True), one.cap)
     dh = dh / total - (1.0 - t * t) * right
     return (ops.log(total) - one.cap * t)[:, 0], dh
@@ -303,8 +306,15 @@ def _recomputed(one, hidden, table, y, spread, most):
 
 def _frozen(one, hidden, table, y, spread, most):
     """Losses [B, chunks * c]; dh is formed in a chunk's forward pass."""
+    # A stored table is two tensors; each is an argument of its own.
+    kind = keras.tree.map_structure(lambda x: 0, table)
+    tensors = [
+        ops.stop_gradient(ops.convert_to_tensor(x))
+        for x in keras.tree.flatten(table)
+    ]
 
-    def arrays(hidden, table, y, spread, most):
+    def arrays(hidden, y, spread, most, *tensors):
+        table = keras.tree.pack_sequence_as(kind, tensors)
         shape = (y.shape[0], one.columns)
         like = [(shape, "float32")]
         if one.gradient:
@@ -313,7 +323,9 @@ def _frozen(one, hidden, table, y, spread, most):
         def run(j):
             h, labels = one.inputs(j, hidden, y, spread)
             if one.by_words:
-                losses, dh = _in_blocks(one, h, table, labels)
+                whole = ops.cast(h, "float32")
+                losses, dh = _in_blocks(one, whole, table, labels)
+                dh = ops.cast(dh, h.dtype)
             elif one.gradient:
                 losses, dh = one.losses_and_dh(h, table, labels)
             else:
@@ -327,10 +339,10 @@ def _frozen(one, hidden, table, y, spread, most):
         return _over_chunks(one, most, run, like)
 
     if not one.gradient:
-        return arrays(hidden, table, y, spread, most)[0]
+        return arrays(hidden, y, spread, most, *tensors)[0]
 
-    def forward(hidden, table, y, spread, most):
-        losses, dh = arrays(hidden, table, y, spread, most)
+    def forward(hidden, y, spread, most, *tensors):
+        losses, dh = arrays(hidden, y, spread, most, *tensors)
         return losses, (dh, spread)
 
     def backward(kept, upstream):
@@ -339,7 +351,7 @@ def _frozen(one, hidden, table, y, spread, most):
         back = ops.cast(ops.argsort(spread[:, :t], axis=1), "int32")
         dh = ops.cast(upstream, dh.dtype)[..., None] * dh
         dh = ops.take_along_axis(dh, back[..., None], axis=1)
-        return dh, None, None, None, None
+        return dh, *[None] * (3 + len(tensors))
 
     run = kernels.own_gradient(forward, backward)
-    return run(hidden, table, y, spread, most)
+    return run(hidden, y, spread, most, *tensors)

@@ -2,6 +2,7 @@
 
 from keras import ops
 
+from keras_gemma_ft.model import tables
 from keras_gemma_ft.tuning import loss
 
 
@@ -34,7 +35,7 @@ def sft(
     """
     losses = loss.token_loss(
         hidden,
-        backbone.token_embedding.embeddings,
+        tables.of(backbone),
         y,
         sample_weight,
         cap=backbone.final_logit_soft_cap,

@@ -5,8 +5,12 @@ import math
 import keras
 from keras import ops
 
+from keras_gemma_ft.model import hosts
+from keras_gemma_ft.tuning import adamw8
+
 _KINDS = {
     "adamw": keras.optimizers.AdamW,
+    "adamw8bit": adamw8.AdamW8bit,
     "adam": keras.optimizers.Adam,
     "adafactor": keras.optimizers.Adafactor,
     "lion": keras.optimizers.Lion,
@@ -92,6 +96,9 @@ def build(train, variables, *, steps, warmup, accumulation, float16):
     scaled = keras.optimizers.LossScaleOptimizer(optimizer, name="scaled")
     scaled.build(variables)
     scaled.gradient_norm = optimizer.gradient_norm
+    # A micro-batch that one process leaves out, all must leave out.
+    finite = scaled.check_finite
+    scaled.check_finite = lambda grads: hosts.every(finite(grads))
     return scaled
 
 
@@ -105,6 +112,7 @@ def _measure(optimizer):
     limit = optimizer.global_clipnorm
 
     def measured(grads):
+        grads = _of_all(grads)
         found = _global_norm(grads)
         norm.assign(found)
         if not limit:
@@ -114,6 +122,15 @@ def _measure(optimizer):
 
     optimizer.gradient_norm = norm
     optimizer._clip_gradients = measured
+
+
+def _of_all(grads):
+    """Gradients of the whole batch: summed over processes, once a step."""
+    given = [i for i, g in enumerate(grads) if g is not None]
+    found = list(grads)
+    for i, g in zip(given, hosts.summed([grads[i] for i in given])):
+        found[i] = g
+    return found
 
 
 def _global_norm(grads):
@@ -132,8 +149,10 @@ def _global_norm(grads):
 
 def _times(grads, factor):
     """Every gradient times a scalar tensor."""
-    if keras.config.backend() == "torch" and None not in grads:
+    if keras.config.backend() == "torch":
         import torch
 
-        return torch._foreach_mul(grads, factor)
+        given = [g for g in grads if g is not None]
+        found = iter(torch._foreach_mul(given, factor))
+        return [g if g is None else next(found) for g in grads]
     return [g if g is None else g * factor for g in grads]

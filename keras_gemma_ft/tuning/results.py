@@ -23,6 +23,8 @@ def summary(cfg, tuner, clock, backend, began):
         "peak_memory_bytes": runtime.peak_memory_bytes(),
         "trainable_parameters": tuner.trainable_count(),
     }
+    if peak := device_peak_bytes(backend):
+        facts["peak_device_memory_bytes"] = peak
     if hosts.many():
         facts["hosts"] = hosts.count()
     if clock.losses:
@@ -61,12 +63,31 @@ def device(backend):
         import torch
 
         if torch.cuda.is_available():
-            return torch.cuda.get_device_name(0)
+            return f"{hosts.count()} x {torch.cuda.get_device_name(0)}"
         return "cpu"
     import tensorflow as tf
 
     found = tf.config.list_physical_devices("GPU")
     return f"{len(found)} x GPU" if found else "cpu"
+
+
+def device_peak_bytes(backend):
+    """The most bytes that this process had on its accelerator; 0 without."""
+    if backend == "jax":
+        import jax
+
+        told = jax.local_devices()[0].memory_stats() or {}
+        return told.get("peak_bytes_in_use", 0)
+    if backend == "torch":
+        import torch
+
+        # 0 where CUDA was never started.
+        return torch.cuda.max_memory_allocated()
+    import tensorflow as tf
+
+    if not tf.config.list_physical_devices("GPU"):
+        return 0
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"]
 
 
 def finish(cfg, folder, tuner, job, before, after, facts):

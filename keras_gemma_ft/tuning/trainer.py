@@ -18,9 +18,12 @@ from keras_gemma_ft.model import (
     compiled,
     forward,
     hosts,
+    kernels,
     lora,
+    lora_init,
     presets,
     quantize,
+    tables,
 )
 from keras_gemma_ft.tuning import (
     callbacks,
@@ -122,8 +125,7 @@ class FineTuner(keras.Model):
             ops.convert_to_tensor(y),
             ops.convert_to_tensor(sample_weight),
             chunk=self.chunk,
-            table_trained=training
-            and self.backbone.token_embedding.embeddings.trainable,
+            table_trained=training and tables.trained(self.backbone),
             training=training,
             compiled=self.blocks is not None,
         )
@@ -152,16 +154,26 @@ class FineTuner(keras.Model):
             verbose=0,
             return_dict=True,
         )
-        return float(logs["loss"])
+        return hosts.total(float(logs["loss"]))
 
 
-def build(cfg, loaded, *, steps, warmup):
-    """Adapters, optimizer and `FineTuner` for `cfg`, compiled."""
+def build(cfg, loaded, *, steps, warmup, start=None):
+    """Adapters, optimizer and `FineTuner` for `cfg`, compiled.
+
+    `start` is the file that keeps where the adapters started, if they start
+    from the kernels.
+    """
     backbone = loaded.causal_lm.backbone
     if cfg.lora.rank:
         lora.enable(backbone, cfg.lora, seed=cfg.seed)
-    if cfg.model.quantize != "none":
-        quantize.apply(backbone, lora.layers(backbone), cfg.model.quantize)
+        lora_init.apply(backbone, cfg.model.quantize, seed=cfg.seed, kept=start)
+    # Of a model that `presets.open` has not loaded, such as the planner's.
+    quantize.apply(
+        backbone,
+        lora.layers(backbone),
+        cfg.model.quantize,
+        cfg.model.quantize_embedding,
+    )
     _, accumulation = pipeline.micro_batches(
         cfg.data.batch_size, cfg.data.micro_batch_size
     )
@@ -195,9 +207,14 @@ def recompute(cfg, backbone):
 
 
 def scan(cfg, backbone):
-    """`--model.scan`: auto is a loop from 16 blocks on (2B has 26)."""
+    """`--model.scan`: auto is a loop from 16 blocks on (2B has 26).
+
+    On a GPU only of recomputed blocks: XLA's program of 2B at 4 x 1024 moves
+    251 GB with a loop, which copies weights and what it keeps, else 180.
+    """
     if cfg.model.scan == "auto":
-        return backbone.num_layers >= 16
+        loop = recompute(cfg, backbone) or not kernels.on_gpu()
+        return loop and backbone.num_layers >= 16
     return cfg.model.scan == "on"
 
 
@@ -250,7 +267,13 @@ def run(cfg, backend):
             runtime.say(f"{folder.path} is a finished run; --noresume repeats")
             return summary
         job.show_proof()
-        tuner = build(cfg, loaded, steps=job.steps, warmup=job.warmup)
+        tuner = build(
+            cfg,
+            loaded,
+            steps=job.steps,
+            warmup=job.warmup,
+            start=folder.path / "start.safetensors",
+        )
         runtime.say(
             f"training {tuner.trainable_count():,} parameters "
             f"for {job.steps} steps"
