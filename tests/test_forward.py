@@ -181,7 +181,8 @@ def test_gradients_and_recomputation(backbone, witness, monkeypatch):
     again, recomputed = gradients(backbone, token_ids, weights, True)
     assert len(blocks) == backbone.num_layers
     tiny.close("value", value, wanted.item(), atol=1e-3)
-    tiny.close("value, recomputed", again, value, atol=1e-5)
+    # Compiled apart, sums differ in their last bits: 4e-5 seen on one CPU.
+    tiny.close("value, recomputed", again, value, atol=1e-4)
     assert len(plain) == len(parameters) == 2 + 3 * 11
     for variable, got, twice in zip(
         backbone.trainable_variables, plain, recomputed
@@ -190,7 +191,7 @@ def test_gradients_and_recomputation(backbone, witness, monkeypatch):
         assert scale > 1e-3
         tiny.close(
             f"{variable.path}, recomputed", twice / scale, got / scale,
-            atol=1e-5,
+            atol=5e-5,
         )
         name, got = names.to_huggingface(variable.path, got)
         want = parameters[name].grad.numpy()
@@ -405,10 +406,11 @@ def test_a_loop_over_the_blocks_is_the_blocks(folder, recompute, targets):
         return tiny.differentiate(run, backbone.trainable_variables)(*batch)
 
     (value, gots), (wanted, wants) = total(True), total(False)
-    tiny.close("value", value, wanted, rtol=1e-6)
+    tiny.close("value", value, wanted, rtol=1e-5)
     for variable, got, want in zip(backbone.trainable_variables, gots, wants):
         top = np.abs(want).max()
-        tiny.close(variable.path, got / top, want / top, atol=2e-5)
+        # Compiled apart, sums differ in their last bits: 3e-5 seen on one CPU.
+        tiny.close(variable.path, got / top, want / top, atol=1e-4)
 
 
 @pytest.mark.skipif(

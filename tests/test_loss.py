@@ -4,6 +4,12 @@ Witnesses: the definition in float64 NumPy, and torch's cross_entropy with
 autograd in float64.
 """
 
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -11,6 +17,7 @@ import tiny
 import torch
 from keras import ops
 
+from keras_gemma_ft.model import kernels, sharding
 from keras_gemma_ft.tuning import loss
 
 # B, T, d, V; 21 tokens: chunks of 7 divide them, those of 4 leave a tail.
@@ -50,7 +57,7 @@ def by_torch(hidden, table, y, weight, cap):
     losses = torch.nn.functional.cross_entropy(z, labels, reduction="none")
     (losses * torch.tensor(weight).flatten()).sum().backward()
     return (
-        losses.detach().numpy().reshape(B, T),
+        losses.detach().numpy().reshape(y.shape),
         h.grad.numpy(),
         e.grad.numpy(),
     )
@@ -213,6 +220,141 @@ def test_16_bit_hidden_states(data, table_trained):
     tiny.close("bfloat16", got, want, atol=0.25)
 
 
+# Of the gradient's size. A tenth of it is missing without the cap's slope.
+PRECISION = {"bfloat16": 1e-2, "float16": 1.5e-3}
+# float16 could not hold the second itself: a loss scale that has grown.
+SCALES = [1.0, 2.0**17]
+
+
+def apart_in_16_bits(
+    dtype, scale, *, rows=B, words=V, sure=False, **settings
+):
+    """|dh - float64's| / |float64's| of a head in `dtype`, loss * scale.
+
+    sure: the right word has logit 16, all others have 0.
+    """
+    rng = np.random.default_rng(0)
+    # Logits up to 70; a table's numbers are small, and so dh is in range.
+    hidden = rng.normal(0, 64, (rows, T, D))
+    table = rng.normal(0, 1 / 16, (words, D))
+    y = rng.integers(0, words, (rows, T)).astype("int32")
+    if sure:
+        table[:], y[:] = np.resize([1 / 16, -1 / 16], D), 0
+        table[0], hidden[:] = 1 / 16, 28.5
+    rounded = [
+        ops.convert_to_numpy(ops.cast(ops.cast(a, dtype), "float32"))
+        for a in (hidden, table)
+    ]
+    weight = rng.uniform(0, 1, (rows, T)).astype("float32")
+    weight[1, 2:5] = 0.0
+    _, want, _ = by_torch(*rounded, y, weight, 30.0)
+    with keras.name_scope("token_embedding"):
+        table = keras.Variable(rounded[1], dtype=dtype, name="embeddings")
+    hidden = keras.Variable(rounded[0])
+
+    def run():
+        found = loss.token_loss(
+            # What a head in 16 bits is given: its input, cast.
+            ops.cast(hidden.value, dtype),
+            ops.convert_to_tensor(table),
+            ops.convert_to_tensor(y),
+            cap=30.0,
+            **settings,
+        )
+        return ops.sum(found * ops.convert_to_tensor(weight)) * scale
+
+    _, (got,) = tiny.differentiate(run, [hidden])()
+    apart = np.linalg.norm(got / scale - want) / np.linalg.norm(want)
+    return float(apart)
+
+
+@pytest.fixture
+def multiplied(monkeypatch):
+    """16 bits are, where a CPU would multiply float32, in blocks of words."""
+    monkeypatch.setattr(kernels, "slow", lambda x: False)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("dtype", PRECISION)
+@pytest.mark.parametrize("chunk", [0, 8])
+def test_16_bit_gradients(multiplied, chunk, dtype, scale):
+    apart = apart_in_16_bits(dtype, scale, chunk=chunk)
+    print(f"16-bit gradient, {dtype}: {apart:.1e}")
+    assert apart < PRECISION[dtype]
+
+
+def test_float16_gradients_of_unlikely_words(multiplied):
+    """4,095 words of a share of 9e-8 each, where float16 steps by 6e-8."""
+    apart = apart_in_16_bits("float16", 2.0**10, words=4096, sure=True)
+    print(f"unlikely words: {apart:.1e}")
+    assert apart < 1e-2
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "torch", reason="the compiler is Torch's"
+)
+@pytest.mark.parametrize("dtype", PRECISION)
+def test_16_bit_gradients_compiled(multiplied, dtype, monkeypatch):
+    run = torch.compile(
+        loss.losses_and_dz, dynamic=False, fullgraph=True,
+        backend="aot_eager_decomp_partition",
+    )  # fmt: skip
+    monkeypatch.setattr(loss, "_compiled", lambda: run)
+    for scale in SCALES:
+        apart = apart_in_16_bits(dtype, scale, chunk=8, compiled=True)
+        assert apart < PRECISION[dtype]
+
+
+@pytest.mark.parametrize("dtype", PRECISION)
+def test_16_bits_multiplied_as_float32(dtype, monkeypatch):
+    """As CPUs do that have no instructions for them: in blocks of words."""
+    monkeypatch.setattr(kernels, "slow", lambda x: "32" not in str(x.dtype))
+    for scale in SCALES:
+        assert apart_in_16_bits(dtype, scale) < PRECISION[dtype]
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "jax", reason="meshes are JAX's"
+)
+def test_16_bit_gradients_with_the_words_on_a_mesh():
+    flag = "--xla_force_host_platform_device_count=4"
+    here = pathlib.Path(__file__)
+    done = subprocess.run(
+        [sys.executable, str(here)],
+        env={
+            **os.environ,
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}",
+            "PYTHONPATH": os.pathsep.join([str(here.parent), *sys.path]),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["words"] == [8]
+    for dtype, limit in PRECISION.items():
+        assert told[dtype] < limit
+
+
+def on_mesh():
+    """Words of a part of a table on 1 x 4 devices, and the 16-bit gradients."""
+    grid = keras.distribution.DeviceMesh(
+        (1, 4), [sharding.BATCH, sharding.MODEL]
+    )
+    keras.distribution.set_distribution(sharding.Sharded(grid))
+    with keras.name_scope("token_embedding"):
+        table = keras.Variable(np.ones((32, D)), name="embeddings")
+    parts = {x.data.shape[0] for x in table.value.addressable_shards}
+    kinds = {
+        dtype: max(
+            apart_in_16_bits(dtype, scale, rows=4, words=32, chunk=8)
+            for scale in SCALES
+        )
+        for dtype in PRECISION
+    }
+    return {"words": sorted(parts), **kinds}
+
+
 def test_chunk_size():
     # 24 MiB of float32 logits of 16,384 words are 384 tokens.
     assert loss.chunk_size(4096, 16_384) == 384
@@ -287,3 +429,7 @@ def test_logits_of_all_tokens_never_exist(table_trained):
     used = compiled.memory_analysis().temp_size_in_bytes
     print(f"temporary memory: {used:,} bytes")
     assert used < 512 * 1000 * 4 / 4
+
+
+if __name__ == "__main__":
+    print(json.dumps(on_mesh()))

@@ -410,7 +410,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(workshop, tmp_path):
     with pytest.raises(config.UserError) as caught:
         trainer.run(cfg, BACKEND)
     told = str(caught.value)
-    assert "not finite near step 2" in told
+    assert "not finite near step 2; not finite at first: the " in told
     assert "--train.learning_rate" in told and str(tmp_path) in told
     assert not (tmp_path / "adapter").exists()
     assert not (tmp_path / "checkpoints/00000002").exists()

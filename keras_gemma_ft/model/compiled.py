@@ -154,11 +154,14 @@ class Blocks:
             segment_ids: int [B, T].
             rope: (cos, sin), float32 [B, 1, T, h/2].
             seeds: integers [layers, 2] of dropout, or None.
+
+        Returns:
+            (x, bool [blocks, B]: where a block gave finite numbers only).
         """
         import torch
 
         if x.is_meta:  # Keras infers shapes, which stay the same.
-            return x
+            return x, None
         backbone, self._shape = self.backbone, tuple(x.shape[:2])
         window = None
         if backbone.use_sliding_window_attention:
@@ -171,6 +174,7 @@ class Blocks:
         if not x.requires_grad:
             # As in every other block, which so is the same function.
             x = x.detach().requires_grad_(trained)
+        finite = []
         for i, block in enumerate(backbone.transformer_layers):
             look = looks[bool(block.use_sliding_window_attention)]
             seed = None if seeds is None else seeds[i]
@@ -178,7 +182,8 @@ class Blocks:
                 tensors(backbone, block, pairs), look, rope, seed, x,
                 self.recompute and trained,
             )  # fmt: skip
-        return x
+            finite.append(kernels.finite(x))
+        return x, torch.stack(finite)
 
 
 def inductor(graph, inputs):
@@ -270,13 +275,18 @@ def _halves(attention, facts, weights, look, rope, seed, x):
     gate, up = _project(facts, weights, _GATES, seed, normed)
     out = _gated(torch_attention.keep(gate), torch_attention.keep(up))
     (down,) = _project(facts, weights, _DOWN, seed, out)
-    return x + _post(facts, weights, "post_ffw_norm", torch_attention.keep(down))
+    down = torch_attention.keep(down)
+    return x + _post(facts, weights, "post_ffw_norm", down, _room(down))
 
 
 def _gated(gate, up):
     from torch.nn import functional
 
-    return functional.gelu(gate, approximate="tanh") * up
+    return functional.gelu(gate, approximate="tanh") * _room(up) * up
+
+
+def _room(x):
+    return kernels.room(str(x.dtype).removeprefix("torch."))
 
 
 def _rotated(y, rope, scale):
@@ -291,20 +301,21 @@ def _rotated(y, rope, scale):
     return (turned * scale).to(y.dtype)
 
 
-def _norm(facts, x, scale, dtype):
-    """RMSNorm times (1 + scale), in float32."""
+def _norm(facts, x, scale, dtype, factor=1.0):
+    """RMSNorm of x / factor times (1 + scale), in float32."""
     import torch
 
     x = x.float()
-    root = torch.rsqrt(x.square().mean(-1, keepdim=True) + facts.epsilon)
+    epsilon = facts.epsilon * factor**2
+    root = torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
     return (x * root * (1.0 + scale.float())).to(dtype)
 
 
-def _post(facts, weights, name, value):
-    """A half's result, normalised where the model has that norm."""
+def _post(facts, weights, name, value, factor=1.0):
+    """A half's result, value / factor, normalised where there is a norm."""
     if name in weights:
-        return _norm(facts, value, weights[name], facts.residual)
-    return value.to(facts.residual)
+        return _norm(facts, value, weights[name], facts.residual, factor)
+    return value.to(facts.residual) * (1.0 / factor)
 
 
 def _project(facts, weights, targets, seed, x):

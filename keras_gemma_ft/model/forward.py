@@ -33,6 +33,7 @@ def hidden_states(
     blocks=None,
     seed=None,
     cache=None,
+    finite=None,
 ):
     """Final, normalised hidden states.
 
@@ -47,6 +48,8 @@ def hidden_states(
         blocks: Torch only: `compiled.Blocks`, which recompute by themselves.
         seed: uint32 [2] for dropout; None is no dropout.
         cache: `new_cache(...)` when decoding.
+        finite: function that is given bool [blocks, B], where a block gave
+            finite numbers only; not when decoding.
 
     Returns:
         [B, T, d] in the compute dtype; with a cache, (that, the new cache).
@@ -58,7 +61,7 @@ def hidden_states(
     x = ops.cast(x, residual) * ops.cast(root, residual)
     rope = _rotary(positions, backbone.head_dim)
     if blocks is not None:
-        x = blocks(x, segment_ids, rope, _seeds(backbone, seed))
+        x, fine = blocks(x, segment_ids, rope, _seeds(backbone, seed))
     elif cache is None:
         look = _look(backbone, segment_ids)
 
@@ -70,7 +73,9 @@ def hidden_states(
         loop = scan and keras.config.backend() == "jax"
         through = scanned.blocks if loop else scanned.unrolled
         seeds = _seeds(backbone, seed)
-        x = through(run, backbone.transformer_layers, seeds, x, recompute)
+        x, fine = through(
+            run, backbone.transformer_layers, seeds, x, recompute
+        )
     else:
         cache, look = _extend(backbone, cache, segment_ids)
         layers = []
@@ -82,6 +87,8 @@ def hidden_states(
             layers.append(pair)
         cache["layers"] = layers
         cache["index"] = cache["index"] + token_ids.shape[1]
+    if finite is not None and cache is None and fine is not None:
+        finite(fine)
     x = _norm(x, backbone.layer_norm, backbone.compute_dtype)
     return x if cache is None else (x, cache)
 
@@ -212,8 +219,9 @@ def _heads(x, heads, rope=None, scale=1.0):
     return ops.cast(turned if scale == 1.0 else turned * scale, x.dtype)
 
 
-def _norm(x, norm, dtype):
-    return kernels.norm(x, norm.scale, norm.epsilon, dtype)
+def _norm(x, norm, dtype, factor=1.0):
+    """The norm of x / factor."""
+    return kernels.norm(x, norm.scale, norm.epsilon * factor**2, dtype)
 
 
 def _block(
@@ -276,7 +284,8 @@ def _ffw(backbone, block, weights, x, seed):
     last = {_FFW[2]: frozen[_FFW[2]]}
     (down,) = _project(backbone, block, seed, out, last)
     down = kernels.keep(down)
-    return x + _post(backbone, block, "post_ffw_norm", down)
+    room = kernels.room(backbone.compute_dtype)
+    return x + _post(backbone, block, "post_ffw_norm", down, room)
 
 
 def _project(backbone, block, seed, x, frozen):
@@ -285,12 +294,13 @@ def _project(backbone, block, seed, x, frozen):
     return [sharding.by_rows(y) for y in outputs]
 
 
-def _post(backbone, block, norm, value):
-    """A half's result, normalised where the model has that norm."""
+def _post(backbone, block, norm, value, factor=1.0):
+    """A half's result, value / factor, normalised where there is a norm."""
     residual = residual_dtype(backbone)
     if getattr(block, f"use_{norm}"):
-        return _norm(value, getattr(block, norm), residual)
-    return ops.cast(value, residual)
+        return _norm(value, getattr(block, norm), residual, factor)
+    value = ops.cast(value, residual)
+    return value if factor == 1.0 else value * (1.0 / factor)
 
 
 def part_size(width):

@@ -19,6 +19,7 @@ _INPUT = "block input"
 
 def unrolled(run, layers, seeds, x, recompute):
     """As `blocks`, one block after the other, on every backend."""
+    finite = []
     for i, layer in enumerate(layers):
         seed = None if seeds is None else seeds[i]
         one = functools.partial(run, layer, seed)
@@ -27,7 +28,8 @@ def unrolled(run, layers, seeds, x, recompute):
         elif sharding.split() or kernels.on_gpu():
             one = _keeping(one, kernels.KEPT)
         x = one(x)
-    return x
+        finite.append(kernels.finite(x))
+    return x, ops.stack(finite) if finite else None
 
 
 def blocks(run, layers, seeds, x, recompute):
@@ -40,6 +42,9 @@ def blocks(run, layers, seeds, x, recompute):
         seeds: [layers, 2] of dropout, or None.
         x: [B, T, d].
         recompute: keep only the blocks' inputs for the backward pass.
+
+    Returns:
+        (x, bool [blocks, B]: where a block gave finite numbers only).
     """
     import jax
 
@@ -61,6 +66,7 @@ def blocks(run, layers, seeds, x, recompute):
     ]
 
     def body(x, turn):
+        finite = []
         number, small, seed = turn
         picked = iter(_pick(number, large))
         small = iter(small)
@@ -75,7 +81,8 @@ def blocks(run, layers, seeds, x, recompute):
                 )
                 x = jax.ad_checkpoint.checkpoint_name(x, _INPUT)
                 x = jax.checkpoint(one)(x) if recompute else one(x)
-        return x
+                finite.append(kernels.finite(x))
+        return x, ops.stack(finite)
 
     some = None
     if seeds is not None:
@@ -83,10 +90,14 @@ def blocks(run, layers, seeds, x, recompute):
     turn = (ops.arange(turns), whole, some)
     # Left alone, a loop keeps the weights that it picked, too, turn by turn.
     step = _keeping(body, *[kernels.KEPT] * (not recompute))
-    x, _ = jax.lax.scan(lambda x, turn: (step(x, turn), None), x, turn)
+    x, finite = jax.lax.scan(step, x, turn)
     done = turns * size
+    finite = ops.reshape(finite, (done, x.shape[0]))
     rest = None if seeds is None else seeds[done:]
-    return unrolled(run, layers[done:], rest, x, recompute)
+    x, more = unrolled(run, layers[done:], rest, x, recompute)
+    if more is not None:
+        finite = ops.concatenate([finite, more])
+    return x, finite
 
 
 def _keeping(run, *names):

@@ -17,7 +17,7 @@ from safetensors import numpy as safetensors
 from keras_gemma_ft import runtime
 from keras_gemma_ft.formats import atomic
 from keras_gemma_ft.model import hosts
-from keras_gemma_ft.tuning import checkpoint
+from keras_gemma_ft.tuning import checkpoint, finite
 
 
 class Clock(keras.callbacks.Callback):
@@ -88,6 +88,10 @@ class Clock(keras.callbacks.Callback):
             "tokens_per_s": round(done / seconds, 1),
             "input_wait": round(waited / seconds, 5),
         }
+        scale = _loss_scale(optimizer)
+        if scale is not None:
+            line["loss_scale"] = scale
+            line["overflows"] = model.overflows().counts()
         self.losses.append(line["loss"])
         self.folder.append(line)
         self.bar.set_postfix_str(
@@ -193,7 +197,11 @@ class Checkpoint(keras.callbacks.Callback):
 
 
 class StopOnNaN(keras.callbacks.Callback):
-    """Stops, without a checkpoint, once a loss or gradient is not finite."""
+    """Stops, without a checkpoint, once a loss or gradient is not finite.
+
+    In float16 a pass whose gradient is not finite is left out and the loss
+    scale halved, which helps unless it goes on and on: that stops, too.
+    """
 
     def on_epoch_end(self, epoch, logs=None):
         loss = float(logs["loss"])
@@ -202,13 +210,25 @@ class StopOnNaN(keras.callbacks.Callback):
         norm = float(
             ops.convert_to_numpy(self.model.optimizer.gradient_norm.value)
         )
-        loss, norm = hosts.gather([loss, norm])[0]
-        if math.isfinite(loss) and math.isfinite(norm):
+        scale = _loss_scale(self.model.optimizer)
+        loss, norm, scale = hosts.gather([loss, norm, scale])[0]
+        why = ""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            why = "the loss or its gradient is not finite"
+        elif scale is not None and scale < finite.LEAST_SCALE:
+            why = f"the loss scale has fallen to {scale:g}"
+        if not why:
             self.model.last_loss = loss
-        else:
-            self.model.last_loss = math.nan
-            self.model.stop_training = True
-            self.model.stopped = "the loss or its gradient is not finite"
+            return
+        self.model.last_loss = math.nan
+        self.model.stop_training = True
+        self.model.stopped = why
+
+
+def _loss_scale(optimizer):
+    """By which a loss in float16 is multiplied; None in other dtypes."""
+    found = getattr(optimizer, "dynamic_scale", None)
+    return found if found is None else float(ops.convert_to_numpy(found.value))
 
 
 def _next(step, every):

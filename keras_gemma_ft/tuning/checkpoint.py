@@ -1,7 +1,7 @@
 """What a run needs to go on: complete or absent, verified, restored exactly.
 
 `checkpoints/<step>/` holds `state.safetensors` (what is trained, the
-optimizer, the seeds) and `state.json` (step, counts, the former's length, and
+optimizer, the seeds, what overflowed) and `state.json` (step, counts, the former's length, and
 a sha256 over both). The data position is the step: the order of the rows is a
 pure function of (seed, step).
 """
@@ -25,6 +25,7 @@ def _variables(tuner):
         "trainable": tuner.trainable_variables,
         "optimizer": tuner.optimizer.variables,
         "seed": tuner.seeds,
+        "forward": [tuner.not_finite],
     }
     for group, variables in groups.items():
         for i, variable in enumerate(variables):

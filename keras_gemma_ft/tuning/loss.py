@@ -23,6 +23,10 @@ CHUNK_BYTES = 24 * 2**20
 _LEAST, _MOST = 256, 1024
 # Compiled, a chunk has logits in 16 bits alone: twice as many tokens fit.
 _COMPILED = 512
+# float16 rounds below 6e-5 and ends at 6e-8; one of 256,000 words may have a
+# share of less. So dz and dh are kept 1024 times as large: dh is at most twice
+# the largest number of the table (0.5 to 1 in Gemma 2), and 65,504 / 2048 is 32.
+_LIFT = 2.0**10
 
 
 def chunk_size(
@@ -136,10 +140,10 @@ class _Chunk:
         return ops.logsumexp(z, axis=-1) - right
 
     def losses_and_dh(self, h, table, y):
-        """(float32 [C], [C, d]), not differentiable."""
+        """(float32 [C], [C, d] times `lift`), not differentiable."""
         if self.compiled:
             z = tables.times(h, table)
-            losses, dz = _compiled()(z, y, self.cap)
+            losses, dz = _compiled()(z, y, self.cap, lift(h))
             return losses, tables.back(dz, table)
         z = tables.logits(h, table, self.cap)
         total = ops.logsumexp(z, axis=-1, keepdims=True)
@@ -147,7 +151,7 @@ class _Chunk:
         dz = ops.exp(z - total) - ops.one_hot(y, z.shape[-1], dtype=z.dtype)
         if self.cap is not None:
             dz = dz * (1.0 - ops.square(z * (1.0 / self.cap)))
-        dh = tables.back(ops.cast(dz, h.dtype), table)
+        dh = tables.back(ops.cast(dz * lift(h), h.dtype), table)
         return (total - right)[:, 0], dh
 
 
@@ -158,8 +162,14 @@ def _compiled():
     return torch.compile(losses_and_dz, dynamic=False, fullgraph=True)
 
 
-def losses_and_dz(z, y, cap):
-    """Of Torch tensors: losses float32 [C], dz in z's dtype [C, V].
+def lift(h):
+    """The factor by which gradients in h's dtype are kept: a power of two."""
+    kind = keras.backend.standardize_dtype(h.dtype)
+    return _LIFT if kind == "float16" else 1.0
+
+
+def losses_and_dz(z, y, cap, factor):
+    """Of Torch tensors: losses float32 [C], dz times factor as z [C, V].
 
     z [C, V] is not capped yet, y [C] the right words.
     """
@@ -173,7 +183,7 @@ def losses_and_dz(z, y, cap):
     dz = torch.exp(z - total) - (word == y[:, None]).float()
     if cap is not None:
         dz = dz * (1.0 - t * t)
-    return (total - right)[:, 0], dz.to(kind)
+    return (total - right)[:, 0], (dz * factor).to(kind)
 
 
 def _columns(x, first, size):
@@ -325,7 +335,7 @@ def _frozen(one, hidden, table, y, spread, most):
             if one.by_words:
                 whole = ops.cast(h, "float32")
                 losses, dh = _in_blocks(one, whole, table, labels)
-                dh = ops.cast(dh, h.dtype)
+                dh = ops.cast(dh * lift(h), h.dtype)
             elif one.gradient:
                 losses, dh = one.losses_and_dh(h, table, labels)
             else:
@@ -349,7 +359,10 @@ def _frozen(one, hidden, table, y, spread, most):
         dh, spread = kept
         t = hidden.shape[1]
         back = ops.cast(ops.argsort(spread[:, :t], axis=1), "int32")
-        dh = ops.cast(upstream, dh.dtype)[..., None] * dh
+        # In float32: a loss scale may be more than float16 holds.
+        upstream = ops.cast(upstream, "float32") * (1.0 / lift(dh))
+        found = upstream[..., None] * ops.cast(dh, "float32")
+        dh = ops.cast(found, dh.dtype)
         dh = ops.take_along_axis(dh, back[..., None], axis=1)
         return dh, *[None] * (3 + len(tensors))
 

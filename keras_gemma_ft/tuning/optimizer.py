@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_gemma_ft.model import hosts
-from keras_gemma_ft.tuning import adamw8
+from keras_gemma_ft.tuning import adamw8, finite
 
 _KINDS = {
     "adamw": keras.optimizers.AdamW,
@@ -52,7 +52,9 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
         }
 
 
-def build(train, variables, *, steps, warmup, accumulation, float16):
+def build(
+    train, variables, *, steps, warmup, accumulation, float16, layers=None
+):
     """The optimizer, built on `variables`.
 
     Args:
@@ -62,10 +64,13 @@ def build(train, variables, *, steps, warmup, accumulation, float16):
         warmup: optimizer steps of warm-up.
         accumulation: micro-batches an optimizer step.
         float16: wrap in a dynamic loss scale.
+        layers: names by which gradients that are not finite are counted;
+            None counts none.
 
     Returns:
         A Keras optimizer whose `gradient_norm` variable holds the global norm
-        of the last step's gradient before clipping.
+        of the last step's gradient before clipping, and `not_finite` the
+        `finite` record of the backward passes.
     """
     schedule = Schedule(
         train.learning_rate,
@@ -91,15 +96,58 @@ def build(train, variables, *, steps, warmup, accumulation, float16):
     optimizer = _KINDS[train.optimizer](**settings)
     optimizer.build(variables)
     _measure(optimizer)
+    if layers:
+        optimizer.not_finite = optimizer.add_variable(
+            (2, len(layers)), dtype="int32", name="not_finite"
+        )
     if not float16:
+        _count(optimizer, variables, layers)
         return optimizer
     scaled = keras.optimizers.LossScaleOptimizer(optimizer, name="scaled")
     scaled.build(variables)
-    scaled.gradient_norm = optimizer.gradient_norm
+    for name in ("gradient_norm", "not_finite")[: 2 if layers else 1]:
+        # Set plainly, it would be among the variables twice, and JAX refuses
+        # to donate one buffer twice.
+        object.__setattr__(scaled, name, getattr(optimizer, name))
     # A micro-batch that one process leaves out, all must leave out.
-    finite = scaled.check_finite
-    scaled.check_finite = lambda grads: hosts.every(finite(grads))
+    check = scaled.check_finite
+    scaled.check_finite = lambda grads: hosts.every(check(grads))
+    _count(scaled, variables, layers)
     return scaled
+
+
+def _count(optimizer, variables, layers):
+    """Notes which layers' gradients are not finite, in every pass.
+
+    Where a loss scale is, before it leaves the pass out. There, on JAX, the
+    variables' new values are returned, not assigned.
+    """
+    if not layers:
+        return
+    columns = finite.columns(variables, layers)
+    apply, stateless = optimizer.apply, optimizer.stateless_apply
+    variable = optimizer.not_finite
+
+    def after(kept, grads):
+        bad = finite.gradients(grads, columns, layers)
+        return finite.counted(kept, bad, finite.BACKWARD)
+
+    def counting(grads, trainable_variables=None):
+        variable.assign(after(variable.value, grads))
+        return apply(grads, trainable_variables)
+
+    def counting_stateless(optimizer_variables, grads, trainable_variables):
+        trained, found = stateless(
+            optimizer_variables, grads, trainable_variables
+        )
+        i = [v is variable for v in optimizer.variables].index(True)
+        found = list(found)
+        found[i] = after(optimizer_variables[i], grads)
+        return trained, found
+
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer.stateless_apply = counting_stateless
+    optimizer.apply = counting
 
 
 def _measure(optimizer):

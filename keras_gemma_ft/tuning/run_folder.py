@@ -222,8 +222,11 @@ class RunFolder:
         """curves.png: loss, held-out loss and learning rate over steps."""
         if not hosts.first():
             return
-        import matplotlib
-
+        try:
+            import matplotlib
+        except ModuleNotFoundError:
+            runtime.say("matplotlib is not installed: no curves.png")
+            return
         matplotlib.use("Agg")
         from matplotlib import pyplot
 

@@ -29,6 +29,7 @@ from keras_gemma_ft.tuning import (
     callbacks,
     checkpoint,
     feed,
+    finite,
     objectives,
     optimizer,
     results,
@@ -78,6 +79,8 @@ class FineTuner(keras.Model):
             if dropout
             else None
         )
+        self.layers_named = finite.layers(causal_lm.backbone)
+        self.not_finite = finite.record(self.layers_named)
         self.step, self.last_loss, self.stopped = 0, 0.0, None
         self.meter = feed.Meter()
         self.meter.blocks = blocks
@@ -90,6 +93,18 @@ class FineTuner(keras.Model):
     def seeds(self):
         """The state of what draws random numbers, for a checkpoint."""
         return [self.dropout.state] if self.dropout else []
+
+    def overflows(self):
+        """`finite.Record` of all passes so far, read from the device."""
+        return finite.Record(
+            self.layers_named, self.not_finite, self.optimizer.not_finite
+        )
+
+    def _note(self, fine):
+        bad = finite.blocks(fine)
+        self.not_finite.assign(
+            finite.counted(self.not_finite.value, bad, finite.FORWARD)
+        )
 
     def trainable_count(self):
         """Numbers that are trained."""
@@ -113,6 +128,7 @@ class FineTuner(keras.Model):
             scan=self.scan,
             blocks=self.blocks,
             seed=seed,
+            finite=self._note if training else None,
         )
 
     def compute_loss(
@@ -194,6 +210,7 @@ def build(cfg, loaded, *, steps, warmup, start=None):
             warmup=warmup,
             accumulation=accumulation,
             float16=backbone.compute_dtype == "float16",
+            layers=tuner.layers_named,
         )
     )
     return tuner
@@ -317,9 +334,10 @@ def _stop(folder, tuner, summary):
     """Ends a run early: resumable, or refused where the loss is NaN."""
     if not math.isfinite(tuner.last_loss):
         raise config.UserError(
-            f"{tuner.stopped} near step {tuner.step}. Try a lower "
-            f"--train.learning_rate, or --model.dtype=float32. The last good "
-            f"checkpoint stays in {folder.path}."
+            f"{tuner.stopped} near step {tuner.step}; not finite at first: "
+            f"{tuner.overflows().first() or 'the loss, behind all blocks'}. "
+            f"Try a lower --train.learning_rate, or --model.dtype=float32. "
+            f"The last good checkpoint stays in {folder.path}."
         )
     summary["status"] = "stopped"
     folder.write("summary.json", summary)

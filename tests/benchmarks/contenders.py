@@ -150,10 +150,8 @@ def rate(run, a, b):
 def ours(spec, channel):
     """`FineTuner`, made and fitted as `trainer.run` does it."""
     runtime.start(settings(spec))
-    import grain
-
     from keras_gemma_ft.model import lora, presets
-    from keras_gemma_ft.tuning import feed, trainer
+    from keras_gemma_ft.tuning import trainer
 
     cfg = settings(spec)
     loaded = presets.open(cfg)
@@ -161,6 +159,15 @@ def ours(spec, channel):
     if spec["adapter"]:
         # Each backend writes the same.
         adapters.write_peft(spec["adapter"], lora.read(tuner.backbone))
+    fit_ours(spec, channel, tuner)
+
+
+def fit_ours(spec, channel, tuner):
+    """`fit` of a `FineTuner`, on batches that are ready."""
+    import grain
+
+    from keras_gemma_ft.tuning import feed
+
     token_ids, y = batches(spec)
     shape = token_ids.shape[1:]
     positions = np.broadcast_to(np.arange(shape[1], dtype="int32"), shape)
@@ -178,7 +185,9 @@ def ours(spec, channel):
     # As `pipeline` reads ahead.
     ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     fed = feed.Feed(data.to_iter_dataset(ahead), tuner.meter)
-    fit(spec, channel, tuner, batch=lambda: batch(0), x=fed)
+    used = getattr(tuner.blocks, "attention", None)
+    facts = {"attention": type(used).__name__} if used else {}
+    fit(spec, channel, tuner, batch=lambda: batch(0), facts=facts, x=fed)
 
 
 def stock_model(spec, start):
@@ -188,12 +197,19 @@ def stock_model(spec, start):
         spec: of the worker.
         start: begin with the numbers that ours of style "keras" begins with.
     """
-    import keras
-
-    from keras_gemma_ft.model import lora, presets
+    from keras_gemma_ft.model import presets
 
     loaded = presets.load(spec["folder"], dtype=spec["dtype"])
-    causal_lm, chosen = loaded.causal_lm, lora_settings(spec)
+    return with_lora(spec, loaded.causal_lm, start=start)
+
+
+def with_lora(spec, causal_lm, *, start=False):
+    """A stock `GemmaCausalLM` as `stock_model` gives it."""
+    import keras
+
+    from keras_gemma_ft.model import lora
+
+    chosen = lora_settings(spec)
     causal_lm.backbone.enable_lora(
         chosen.rank, target_layer_names=list(config.targets(chosen))
     )
@@ -217,6 +233,11 @@ def stock(spec, channel):
     # Ours keeps TensorFlow out where it is not the backend: so here too.
     runtime.start(settings(spec))
     causal_lm = stock_model(spec, start=spec["style"] == "keras")
+    fit_stock(spec, channel, causal_lm)
+
+
+def fit_stock(spec, channel, causal_lm):
+    """`fit` of a compiled `GemmaCausalLM`, on batches that are ready."""
     order = np.arange(spec["total"]) % DISTINCT
     token_ids, y = (
         part[order].reshape(-1, spec["tokens"]) for part in batches(spec)
@@ -249,7 +270,6 @@ def stock(spec, channel):
 
 def peft_model(spec, device):
     """A `PeftModel` in training mode; see `step` for where it starts."""
-    import peft
     import torch
     import transformers
 
@@ -258,6 +278,14 @@ def peft_model(spec, device):
         dtype=getattr(torch, spec["dtype"]),
         attn_implementation=spec["attention"],
     ).to(device)
+    return with_peft(spec, base)
+
+
+def with_peft(spec, base):
+    """A `PeftModel` of a transformers model: see `peft_model`."""
+    import peft
+    import torch
+
     # Keys and values of the past are of no use in training.
     base.config.use_cache = False
     if spec["remat"] == "block":
@@ -298,7 +326,13 @@ def peft(spec, channel):
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tuned = peft_model(spec, device)
+    fit_peft(spec, channel, peft_model(spec, device), device)
+
+
+def fit_peft(spec, channel, tuned, device, autocast=False):
+    """The loop; with `autocast` products are in 16 bits, as under Trainer."""
+    import torch
+
     trained = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, spec["learning_rate"], weight_decay=0.0, fused=True
@@ -316,7 +350,10 @@ def peft(spec, channel):
         for _ in range(spec["burst"]):
             ids, y = (part.to(device).long() for part in data[step % DISTINCT])
             # As they are: by itself it would drop a row's last token.
-            loss = tuned(input_ids=ids, labels=y, shift_labels=y).loss
+            with torch.autocast(
+                device.type, getattr(torch, spec["dtype"]), enabled=autocast
+            ):
+                loss = tuned(input_ids=ids, labels=y, shift_labels=y).loss
             scaler.scale(loss).backward()
             # Keras adds its epsilon before v is corrected, torch after.
             eps = 1e-7 / (1 - 0.999 ** (step + 1)) ** 0.5

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 from keras_gemma_ft import runtime
 
@@ -27,10 +28,11 @@ class Worker:
             the function that is the contender, `backend` its backend.
         limit: bytes of resident memory above which the process is killed;
             0 is no limit.
+        deadline: `time.monotonic()` after which it is; None is never.
     """
 
-    def __init__(self, name, spec, *, limit=0):
-        self.name, self.limit = name, limit
+    def __init__(self, name, spec, *, limit=0, deadline=None):
+        self.name, self.limit, self.deadline = name, limit, deadline
         self.error, self.too_large, self.built = None, False, None
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
@@ -92,6 +94,8 @@ class Worker:
         if self.limit and now > self.limit:
             self.too_large = True
             self._fail(f"does not fit in {self.limit / 2**30:.1f} GiB")
+        if self.deadline and time.monotonic() > self.deadline:
+            self._fail("out of time")
 
     def _fail(self, why):
         self.error = why
@@ -122,6 +126,7 @@ def _environment(spec):
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
+        **spec.get("environment", {}),
     }
 
 
