@@ -124,7 +124,7 @@ class Step:
     @property
     def compiled(self):
         """Whether it is Torch's compiler that makes a block."""
-        asked = getattr(self.cfg.model, "compile", "auto")
+        asked = self.cfg.model.compile
         if self.backend != "torch" or asked != "auto":
             return self.backend == "torch" and asked == "on"
         return self.device.capability >= _COMPILES
@@ -140,12 +140,15 @@ class Step:
         scan, layers = self.cfg.model.scan, self.settings["num_layers"]
         if self.backend != "jax" or scan != "auto":
             return self.backend == "jax" and scan == "on"
-        return layers >= _LOOP
+        # As `trainer.scan`.
+        return layers >= _LOOP and (self.recompute or self.device.kind != "gpu")
 
     @property
     def chosen(self):
         """Whether a block keeps what it is told, not what autograd would."""
-        return self.compiled or self.looped or self.split != (1, 1)
+        named = self.backend == "jax" and self.device.kind == "gpu"
+        named = named or self.looped or self.split != (1, 1)
+        return self.compiled or named
 
 
 def estimate(

@@ -83,22 +83,21 @@ def _framework(step, others):
 def weights(step, of=""):
     """Bytes of the weights, as they are stored; of paths that begin with `of`."""
     model = step.cfg.model
-    table = getattr(model, "quantize_embedding", "none")
     items = []
     for path, shape in shapes.weights(step.settings):
         if not path.startswith(of):
             continue
-        kernel = path.endswith("/kernel")
-        mode = model.quantize if kernel else "none"
-        if path.endswith("/embeddings"):
-            mode = table
-        if mode == "none":
+        layer, _, last = path.rpartition("/")
+        kinds = {last: (shape, None)}
+        if last == "kernel" and model.quantize != "none":
+            kinds = quantize.stored_as(shape, model.quantize)
+        elif last == "embeddings" and model.quantize_embedding != "none":
+            # As `tables` has it: codes, and a step of each word.
+            kinds = {"codes": (shape, "int8"), "step": (shape[:1], "float32")}
+        for name, (part, dtype) in kinds.items():
             width = step.size if step.cfg.lora.rank else 4
-            items.append((path, shape, width))
-            continue
-        layer = path.rpartition("/")[0]
-        for name, (part, dtype) in quantize.stored_as(shape, mode).items():
-            items.append((f"{layer}/{name}", part, np.dtype(dtype).itemsize))
+            width = np.dtype(dtype).itemsize if dtype else width
+            items.append((f"{layer}/{name}", part, width))
     return _on_device(step, items)
 
 
@@ -190,11 +189,16 @@ def block_weights(settings):
     )
 
 
+def _by_words(step):
+    """As `loss` decides: with float32 logits only, and the table frozen."""
+    return step.size == 4 and bool(step.cfg.lora.rank)
+
+
 def logits(step):
     """The head's: a chunk's logits and theirs, the table's rows, dh."""
     words, d = step.settings["vocabulary_size"], step.settings["hidden_dim"]
     tokens = step.rows * step.length
-    by_words = step.size == 4 and bool(step.cfg.lora.rank)
+    by_words = _by_words(step)
     compiled = step.compiled and not by_words
     tokens = loss.chunk_size(
         tokens, words, step.cfg.train.loss_chunk, by_words=by_words,
