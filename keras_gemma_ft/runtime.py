@@ -276,16 +276,28 @@ def choose_dtype(asked):
 
 def cuda_capability():
     """Compute capability of the first GPU (T4 7.5, A100 8.0, H100 9.0)."""
-    return _nvidia("compute_cap")
+    return _number(_nvidia("compute_cap"))
 
 
 def cuda_memory():
     """Bytes of the first GPU; 0 where there is none to ask."""
-    return int(_nvidia("memory.total") * 2**20)
+    return int(_number(_nvidia("memory.total")) * 2**20)
+
+
+def cuda_name():
+    """The first GPU's name, such as "Tesla T4"; "" where there is none."""
+    return _nvidia("name")
+
+
+def _number(text):
+    try:
+        return float(text)
+    except ValueError:  # such as "No devices were found"
+        return 0.0
 
 
 def _nvidia(what):
-    """A number that nvidia-smi tells of the first GPU; else 0."""
+    """What nvidia-smi tells of the first GPU, as text; else ""."""
     import subprocess
 
     command = [
@@ -295,9 +307,9 @@ def _nvidia(what):
         text = subprocess.run(
             command, capture_output=True, text=True, timeout=20
         ).stdout
-        return float(text.split()[0])
-    except (OSError, IndexError, ValueError, subprocess.TimeoutExpired):
-        return 0.0
+        return text.splitlines()[0].strip()
+    except (OSError, IndexError, subprocess.TimeoutExpired):
+        return ""
 
 
 def versions():

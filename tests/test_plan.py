@@ -109,7 +109,118 @@ def test_devices_are_known_by_their_names():
     assert (v3.count, v3.topology) == (8, "v3:2x2")
     assert devices.device("v5e:4x4").count == 16
     assert devices.tpu_of("TPU v5 lite", 8).memory == 15.75 * 2**30
-    assert devices.gpu_of(15 * 2**30).flops == 65e12  # a T4
+    assert devices.device("t4x2").count == 2
+    assert devices.device("t4x2").flops == 65e12
+
+
+@pytest.mark.parametrize(
+    "title, gib, name",
+    [
+        ("Tesla T4", 15.0, "t4"),
+        ("Tesla P100-PCIE-16GB", 16.0, "p100"),
+        ("Tesla V100-SXM2-32GB", 32.0, "v100_32"),
+        ("NVIDIA L4", 22.5, "l4"),
+        ("NVIDIA A10G", 22.5, "a10g"),
+        ("NVIDIA GeForce RTX 4090", 24.0, "rtx4090"),
+        ("NVIDIA L40S", 45.0, "l40s"),
+        ("NVIDIA A100-SXM4-40GB", 40.0, "a100_40"),
+        ("NVIDIA A100 80GB PCIe", 80.0, "a100_80"),
+        ("NVIDIA H100 80GB HBM3", 79.6, "h100"),
+        ("NVIDIA H100 PCIe", 79.6, "h100_pcie"),
+        ("NVIDIA H200", 140.4, "h200"),
+        ("NVIDIA B200", 179.0, "b200"),
+    ],
+)
+def test_a_gpu_is_known_by_what_nvidia_smi_calls_it(title, gib, name):
+    found = devices.gpu_of(title, gib * 2**30)
+    assert found.name == name and found.memory <= gib * 2**30
+
+
+def test_an_unknown_gpu_is_taken_for_one_of_its_memory():
+    found = devices.gpu_of("NVIDIA RTX A4000", 16 * 2**30, 8.6)
+    assert "taken for" in found.name and "A4000" in found.name
+    assert found.memory < 16 * 2**30 and found.dtype == "bfloat16"
+    # A slice of a card has its name and less of it.
+    sliced = devices.gpu_of("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 9.5 * 2**30)
+    assert "taken for" in sliced.name and sliced.memory < 10 * 2**30
+
+
+# --- what an H200 took ---------------------------------------------------------
+
+# GiB of tensors at the peak and token/s: 2B of random weights, all-linear LoRA
+# of rank 8, AdamW, on one NVIDIA H200; JAX 0.11.2 by our step as it was then,
+# Torch 2.11 by a prototype of the compiled step. Without recomputation that
+# kept what the compiler chose to keep, and ours keeps less: no peak there.
+MEASURED = [
+    ("jax", 4, 1024, "none", "bfloat16", "none", 13.2, 28_187),
+    ("jax", 2, 4096, "block", "bfloat16", "none", 7.3, 18_848),
+    ("jax", 4, 1024, "block", "bfloat16", "nf4", 5.0, 20_087),
+    ("torch", 4, 1024, "none", "bfloat16", "none", None, 36_210),
+    ("torch", 2, 4096, "block", "bfloat16", "none", 7.1, 24_102),
+    ("torch", 4, 1024, "block", "float16", "none", 6.6, 19_786),
+]
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: "-".join(map(str, row[:6])))
+def test_what_an_h200_took(row):
+    backend, rows, tokens, remat, dtype, quantize, gib, rate = row
+    cfg = config.replace(
+        config.Config(),
+        {
+            "data.batch_size": rows,
+            "data.sequence_length": tokens,
+            "model.quantize": quantize,
+            "lora.rank": 8,
+            "lora.targets": "all-linear",
+        },
+    )
+    found = arithmetic.estimate(
+        cfg, shapes.known("2b"), devices.device("h200"), (1, 1), dtype=dtype,
+        recompute=remat == "block", backend=backend,
+    )  # fmt: skip
+    if gib:
+        print(f"{found.allocated / 2**30:.2f} GiB, {gib} taken")
+        assert abs(found.allocated / 2**30 / gib - 1) < 0.15
+    assert abs(found.tokens / found.expected / rate - 1) < 0.05
+    # On another card it is the H200's, scaled, and says so.
+    other = arithmetic.estimate(
+        cfg, shapes.known("2b"), devices.device("l4"), (1, 1), dtype=dtype,
+        recompute=remat == "block", backend=backend,
+    )  # fmt: skip
+    assert other.expected > 4 * found.expected
+    assert "not measured on this card" in other.rests_on
+
+
+def test_nine_billion_in_nf4_take_under_12_gib():
+    cfg = config.replace(
+        config.Config(),
+        {
+            "data.sequence_length": 2048,
+            "data.batch_size": 1,
+            "model.quantize": "nf4",
+            "model.remat": "block",
+        },
+    )
+    device, settings = devices.device("rtx4090"), shapes.known("9b")
+    for backend in ("torch", "jax"):
+        (option,) = search.options(cfg, settings, device, backend=backend)
+        assert option.estimate.allocated < 12 * 2**30
+
+
+def test_a_table_in_8_bits_is_planned_as_it_is_stored():
+    settings, device = shapes.known("2b"), devices.device("t4")
+    found = [
+        arithmetic.estimate(
+            config.replace(
+                config.Config(), {"model.quantize_embedding": table}
+            ),
+            settings, device, (1, 1), dtype="float16", recompute=True,
+            backend="torch",
+        ).bytes["weights"]
+        for table in ("none", "int8")
+    ]  # fmt: skip
+    words, d = settings["vocabulary_size"], settings["hidden_dim"]
+    assert found[0] - found[1] == words * d - 4 * words
 
 
 def test_an_unknown_device_is_told():
@@ -236,7 +347,7 @@ def test_the_ladder():
     line, told = planned("--preset=gemma2_2b_en", "--device=h100", "--search")
     assert line["fits"] and line["tokens_per_step"] > 8 * 512
     assert "largest data.batch_size that fits" in told
-    assert told.count("GiB a device, at most") > 4
+    assert told.count("GiB a device, about") > 4
 
 
 @needs_libtpu

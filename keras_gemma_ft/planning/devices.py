@@ -1,9 +1,9 @@
 """Machines: what a device holds, computes and moves. No framework is imported.
 
 TPU memory is what the compiler allows a program (libtpu 0.0.42 and 0.0.52 say
-so when refusing one); a GPU's is its data sheet's, less 6 % for driver and
-context. Rates are data sheets': cloud.google.com/tpu/docs, NVIDIA's, dense
-16-bit. A v3 or v4 chip is two devices.
+so when refusing one); a GPU's is what CUDA reports as its total, context not
+yet taken off. Rates are data sheets': cloud.google.com/tpu/docs, NVIDIA's, for
+dense 16-bit products with float32 accumulation. A v3 or v4 chip is two devices.
 """
 
 import dataclasses
@@ -32,6 +32,8 @@ class Device:
         link: bytes/s that one sends to the others; 0 is unknown.
         dtype: what it computes in by default.
         topology: libtpu's name of it, "" where there is no compiler.
+        capability: CUDA's compute capability, 0 elsewhere.
+        sustained: FLOP/s that large products reach, not the sheet's.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Device:
     link: float
     dtype: str
     topology: str = ""
+    capability: float = 0.0
+    sustained: float = 0.0
 
 
 # name: GiB, FLOP/s, bytes/s of memory, Gbit/s of links a chip, devices a chip
@@ -60,16 +64,36 @@ _NAMED = {
     "tpu_v5p_8": "v5p:2x2x1",
     "tpu_v6e_8": "v6e:2x4",
 }
-# name: GB, FLOP/s, bytes/s, dtype
+# name: as nvidia-smi has it, GiB, TFLOP/s, GB/s, compute capability.
+# FLOP/s: NVIDIA's data sheets and, for GeForce (which accumulate in float32 at
+# half the rate), the GA102, Ada and Blackwell white papers; A10G: its own sheet,
+# not the A10's 125. A P100 has no tensor cores: its float32 rate.
 _GPUS = {
-    "t4": (16, 65e12, 320e9, "float16"),
-    "l4": (24, 121e12, 300e9, "bfloat16"),
-    "a100_40": (40, 312e12, 1555e9, "bfloat16"),
-    "a100_80": (80, 312e12, 2039e9, "bfloat16"),
-    "h100": (80, 989e12, 3350e9, "bfloat16"),
-    "h200": (141, 989e12, 4800e9, "bfloat16"),
+    "t4": (r"\bT4\b", 14.56, 65, 320, 7.5),
+    "p100": (r"\bP100\b", 15.89, 9.3, 732, 6.0),
+    "v100_16": (r"\bV100", 15.77, 125, 900, 7.0),
+    "v100_32": (r"\bV100", 31.73, 125, 900, 7.0),
+    "l4": (r"\bL4\b", 22.0, 121, 300, 8.9),
+    "a10g": (r"\bA10G\b", 22.0, 70, 600, 8.6),
+    "rtx3060": (r"\bRTX 3060$", 11.6, 25.5, 360, 8.6),
+    "rtx3090": (r"\bRTX 3090$", 23.6, 71, 936, 8.6),
+    "rtx4090": (r"\bRTX 4090$", 23.6, 165, 1008, 8.9),
+    "rtx5090": (r"\bRTX 5090$", 31.4, 209, 1792, 12.0),
+    "l40s": (r"\bL40S\b", 44.4, 362, 864, 8.9),
+    "a100_40": (r"\bA100\b", 39.4, 312, 1555, 8.0),
+    "a100_80": (r"\bA100\b", 79.1, 312, 2039, 8.0),
+    "h100": (r"\bH100\b(?!.*(PCIe|NVL))", 79.1, 989, 3350, 9.0),
+    "h100_pcie": (r"\bH100 PCIe\b", 79.1, 756, 2000, 9.0),
+    "h200": (r"\bH200\b", 139.8, 989, 4800, 9.0),
+    "b200": (r"\bB200\b", 178.4, 2250, 8000, 10.0),
 }
-NAMES = (*_NAMED, *_GPUS, "cpu")
+# TFLOP/s that large products reach where somebody measured: ours on an H200; a
+# T4 at its 70 W (forums.developer.nvidia.com, 264462). Others: H200's share.
+_SUSTAINED = {"h200": 790, "t4": 24}
+_SHARE = 790 / 989
+# Bytes/s between the GPUs of a machine: PCIe 3.0 x16, what the least have.
+_PCIE = 15.75e9
+NAMES = (*_NAMED, *_GPUS, "t4x2", "cpu")
 
 
 def device(name):
@@ -81,15 +105,17 @@ def device(name):
     if name == "cpu":
         return cpu()
     if name in _GPUS:
-        size, flops, bandwidth, dtype = _GPUS[name]
-        memory = 0.94 * size * 1e9
-        return Device(name, "gpu", 1, memory, flops, bandwidth, 0, dtype)
+        return _gpu(name, 1)
+    several = re.fullmatch(r"(\w+)x([1-9]\d*)", name)
+    if several and several[1] in _GPUS:
+        return _gpu(several[1], int(several[2]))
     topology = _NAMED.get(name, name)
     match = re.fullmatch(r"(v\d\w?):(\d+(?:x\d+)+)", topology)
     if not match or match[1] not in _TPUS:
         raise config.UserError(
             f"--device={name} is not known.{config.did_you_mean(name, NAMES)} "
-            f"Known: {', '.join(NAMES)}; or a TPU topology such as v5e:4x4."
+            f"Known: {', '.join(NAMES)}; several GPUs as h100x8; or a TPU "
+            f"topology such as v5e:4x4."
         )
     memory, flops, bandwidth, gigabits, each = _TPUS[match[1]]
     chips = int(np.prod([int(n) for n in match[2].split("x")]))
@@ -168,9 +194,40 @@ def tpu_of(kind, count):
     return dataclasses.replace(found, name=f"{count} x {kind}", count=count)
 
 
-def gpu_of(memory, count=1):
-    """The smallest known GPU with at least `memory` bytes, with that memory."""
-    sizes = {name: device(name) for name in _GPUS}
-    able = [d for d in sizes.values() if d.memory >= 0.9 * memory]
-    found = min(able or sizes.values(), key=lambda d: abs(d.memory - memory))
-    return dataclasses.replace(found, memory=0.94 * memory, count=count)
+def _gpu(name, count):
+    _, memory, flops, bandwidth, capability = _GPUS[name]
+    return Device(
+        name if count == 1 else f"{name}x{count}", "gpu", count, memory * GIB,
+        flops * 1e12, bandwidth * 1e9, _PCIE if count > 1 else 0,
+        # A T4 only emulates bfloat16.
+        "bfloat16" if capability >= 8.0 else "float16",
+        capability=capability,
+        sustained=_SUSTAINED.get(name, _SHARE * flops) * 1e12,
+    )  # fmt: skip
+
+
+def gpu_of(title, memory, capability=0.0, count=1):
+    """The `Device` that is here: by its name, by its memory if that is unknown.
+
+    Args:
+        title: as nvidia-smi names it, such as "NVIDIA A100-SXM4-40GB".
+        memory: bytes of one, as nvidia-smi tells them.
+        capability: compute capability; 0 is unknown.
+        count: how many.
+    """
+    def far(name):
+        return abs(_GPUS[name][1] * GIB - memory)
+
+    named = [name for name, row in _GPUS.items() if re.search(row[0], title)]
+    # A slice of a card (MIG, vGPU) has its name, not its rates.
+    named = [name for name in named if far(name) < 0.2 * memory]
+    name = min(named or _GPUS, key=far)
+    found = _gpu(name, count)
+    if named:
+        return dataclasses.replace(found, memory=min(found.memory, memory))
+    capability = capability or found.capability
+    return dataclasses.replace(
+        found, name=f"{title or 'a GPU'}, taken for {name}",
+        memory=0.97 * memory, capability=capability,
+        dtype="bfloat16" if capability >= 8.0 else "float16",
+    )  # fmt: skip

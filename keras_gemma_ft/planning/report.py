@@ -18,9 +18,11 @@ def report(cfg, settings, device, backend):
 
     Returns:
         dict: preset, device, devices, fits, certified, bytes_per_device,
-        limit_bytes, tokens_per_step, flops_per_token, seconds_bound, mesh,
-        flags, parameters, trained_parameters, bytes (by kind, estimated), and
-        over_bytes and nearest where it does not fit.
+        limit_bytes, tokens_per_step, flops_per_token, seconds_bound,
+        seconds_expected, tokens_per_s_expected and hours_expected (None where
+        nothing was measured or --train.steps is not said), expected_rests_on,
+        mesh, flags, parameters, trained_parameters, bytes (by part,
+        estimated), and over_bytes and nearest where it does not fit.
     """
     found = search.options(cfg, settings, device, backend=backend)
     _show(found if cfg.search else found[:12], device)
@@ -86,6 +88,7 @@ def _result(cfg, settings, device, option, compiled):
         "flops_per_token": found.flops_per_token,
         "seconds_bound": found.bound,
         "bound_by": max(found.seconds, key=found.seconds.get),
+        **_expected(cfg, found),
         "mesh": f"{option.mesh[0]}x{option.mesh[1]}",
         "flags": option.flags(cfg),
         "parameters": count,
@@ -96,6 +99,17 @@ def _result(cfg, settings, device, option, compiled):
         result["compile_seconds"] = round(compiled.seconds, 1)
         result["host_bytes"] = runtime.peak_memory_bytes()
     return result
+
+
+def _expected(cfg, found):
+    """What of the result tells the speed to expect, and what that rests on."""
+    seconds, steps = found.expected, cfg.train.steps
+    return {
+        "seconds_expected": seconds or None,
+        "tokens_per_s_expected": found.tokens / seconds if seconds else None,
+        "hours_expected": steps * seconds / 3600 or None,
+        "expected_rests_on": found.rests_on or "bound only: nothing measured",
+    }
 
 
 def _explain(result, cfg, settings, device, backend):
@@ -145,13 +159,10 @@ def _show(found, device):
     """The ladder, on stderr."""
     for option in found:
         estimate, gib = option.estimate, devices.GIB
-        speed = "unknown"
-        if estimate.bound:
-            speed = f"{estimate.tokens / estimate.bound:,.0f}"
         mark = " " if estimate.total <= device.memory else "x"
         print(
             f"  {mark} {option.name:<66} {estimate.total / gib:7.2f} GiB a "
-            f"device, at most {speed} token/s",
+            f"device, {option.speed}",
             file=sys.stderr,
         )
 
@@ -172,6 +183,14 @@ def _say(result):
         runtime.say(
             f"no step is faster than {result['seconds_bound']:.2f} s "
             f"({speed:,.0f} token/s; bound by {result['bound_by']})"
+        )
+    if result["seconds_expected"]:
+        hours = result["hours_expected"]
+        runtime.say(
+            f"a step is expected to take {result['seconds_expected']:.2f} s "
+            f"({result['tokens_per_s_expected']:,.0f} token/s"
+            + (f"; {hours:.1f} hours in all" if hours else "")
+            + f"), {result['expected_rests_on']}"
         )
     flags = (result if result["fits"] else result.get("nearest", {})).get(
         "flags", []

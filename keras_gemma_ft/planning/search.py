@@ -43,6 +43,16 @@ class Option:
             + (f", chunks of {chunk}" if chunk else "")
         )
 
+    @property
+    def speed(self):
+        """Token/s, "at most" where nothing was measured."""
+        found = self.estimate
+        seconds = found.expected or found.bound
+        if not seconds:
+            return "at unknown speed"
+        word = "about" if found.expected else "at most"
+        return f"{word} {found.tokens / seconds:,.0f} token/s"
+
     def flags(self, given):
         """What to type besides the settings `given`, as a list."""
         asked = config.flatten(given)
@@ -60,7 +70,8 @@ def options(cfg, settings, device, *, backend="jax", dtype=None):
         cfg: `config.Config`; what it says is kept, `auto` and 0 are tried.
         settings: of `GemmaBackbone`.
         device: `devices.Device`.
-        backend: Keras's; only JAX has meshes.
+        backend: Keras's. Only JAX splits weights; Torch splits rows, and
+            TensorFlow uses one device.
         dtype: of weights and matmuls; None is the device's.
     """
     dtype = dtype or dtype_of(cfg, device)
@@ -72,19 +83,18 @@ def options(cfg, settings, device, *, backend="jax", dtype=None):
             for rows, chunk in itertools.product(
                 _micro_batches(cfg, mesh), _chunks(cfg)
             ):
-                one = config.replace(
-                    cfg,
-                    {
-                        "mesh": f"{mesh[0]}x{mesh[1]}",
-                        "model.remat": remat,
-                        "data.micro_batch_size": rows,
-                        "train.loss_chunk": chunk,
-                    },
-                )
+                said = {
+                    "model.remat": remat,
+                    "data.micro_batch_size": rows,
+                    "train.loss_chunk": chunk,
+                }
+                if backend == "jax":
+                    said["mesh"] = f"{mesh[0]}x{mesh[1]}"
+                one = config.replace(cfg, said)
                 found.append(
                     Option(one, mesh, arithmetic.estimate(
                         one, settings, device, mesh, dtype=dtype,
-                        recompute=remat == "block",
+                        recompute=remat == "block", backend=backend,
                     ))
                 )  # fmt: skip
     if not found:
@@ -105,10 +115,13 @@ def _order(option):
     )
     found = option.estimate
     slow = option.cfg.model.remat == "block", option.cfg.train.loss_chunk > 0
-    return found.bound, times, *slow, -option.mesh[0], found.total
+    seconds = found.expected or found.bound
+    return seconds, times, *slow, -option.mesh[0], found.total
 
 
 def _meshes(cfg, device, backend):
+    if backend == "torch":
+        return [(n, 1) for n in sorted({device.count, 1}, reverse=True)]
     if backend != "jax" or device.count == 1:
         return [(1, 1)]
     if cfg.mesh != "auto":
@@ -186,10 +199,22 @@ def here(backend):
         if found[0].platform == "cpu":
             return devices.cpu(count)
     memory = runtime.cuda_memory() if runtime.cuda() else 0
+    count = len(found) if backend == "jax" else 1
+    if backend == "torch":
+        count = _processes()
     if memory and runtime.uses_cuda(backend):
-        count = len(found) if backend == "jax" else 1
-        return devices.gpu_of(memory, count)
+        capability = runtime.cuda_capability()
+        return devices.gpu_of(runtime.cuda_name(), memory, capability, count)
     return devices.cpu()
+
+
+def _processes():
+    """Processes of Torch that share a batch's rows, each with a device."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_world_size()
+    return 1
 
 
 def settle(cfg, settings, backend):
@@ -206,16 +231,18 @@ def settle(cfg, settings, backend):
     if share > REFUSED:
         raise config.UserError(refusal(cfg, settings, device, option, backend))
     chosen = option.cfg
-    auto, _ = sharding.mesh_shape(cfg, device.count if backend == "jax" else 1)
-    whole = option.estimate.bytes["weights"] * (option.mesh[0] - 1)
-    room = SURE * device.memory - option.estimate.total
-    if cfg.mesh == "auto" and auto == option.mesh and whole <= room:
-        # Then `sharding` decides, too, whether to split the weights at all.
-        chosen = config.replace(chosen, {"mesh": "auto"})
+    if backend == "jax" and cfg.mesh == "auto":
+        auto, _ = sharding.mesh_shape(cfg, device.count)
+        whole = option.estimate.bytes["weights"] * (option.mesh[0] - 1)
+        room = SURE * device.memory - option.estimate.total
+        if auto == option.mesh and whole <= room:
+            # Then `sharding` decides, too, whether to split weights at all.
+            chosen = config.replace(chosen, {"mesh": "auto"})
     runtime.say(
         f"plan: {option.name}: about {option.estimate.total / devices.GIB:.2f}"
         f" of {device.memory / devices.GIB:.1f} GiB a device ({device.name})"
         + ("" if share <= SURE else "; that is close")
+        + (f"; {option.speed}" if option.estimate.expected else "")
     )
     return chosen
 
@@ -243,7 +270,11 @@ def advice(cfg, settings, backend, error):
     dtype = runtime.choose_dtype(cfg.model.dtype)[0]
     found = options(cfg, settings, device, backend=backend, dtype=dtype)
     option = best(found, device)
-    tight = dataclasses.replace(device, memory=0.6 * option.estimate.total)
+    # What tensors may take, where they take too much now; JAX's share of a
+    # device comes on top.
+    held = option.estimate.bytes["framework"] / device.memory
+    least = 0.6 * SURE * option.estimate.allocated / (SURE - held)
+    tight = dataclasses.replace(device, memory=least)
     other = nearest(cfg, settings, tight, backend=backend)
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     text = (
