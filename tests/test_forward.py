@@ -218,7 +218,8 @@ def test_cache_gives_the_full_pass(backbone):
         )
         found.append(hidden)
     got = np.concatenate(found, axis=1)
-    tiny.close("key/value cache", got, want, atol=2e-5)
+    # Compiled apart, sums differ in their last bits: 3e-5 seen on one CPU.
+    tiny.close("key/value cache", got, want, atol=1e-4)
 
 
 def test_generation_is_transformers_greedy(backbone, witness):
