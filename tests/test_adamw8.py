@@ -5,15 +5,12 @@ The witness looks for the nearest of the 256 values that bitsandbytes'
 """
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 import types
 
 import keras
 import numpy as np
 import pytest
+import tiny
 from keras import ops
 
 from keras_gemma_ft import config
@@ -228,7 +225,7 @@ def test_a_checkpoint_brings_it_back_bit_for_bit(tmp_path):
     def tuner():
         variables, built = made(name="adamw8bit")
         found = types.SimpleNamespace(
-            trainable_variables=variables, optimizer=built, seeds=[]
+            trainable_variables=variables, optimizer=built, states=[]
         )
         return found, stepper(variables, built)
 
@@ -343,20 +340,7 @@ def on_mesh():
 
 @pytest.mark.skipif(BACKEND != "jax", reason="meshes are JAX's")
 def test_states_lie_as_their_variables_on_a_mesh():
-    flag = "--xla_force_host_platform_device_count=8"
-    here = pathlib.Path(__file__)
-    done = subprocess.run(
-        [sys.executable, str(here)],
-        env={
-            **os.environ,
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}",
-            "PYTHONPATH": os.pathsep.join([str(here.parent), *sys.path]),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = tiny.on_devices(__file__, 8)
     assert told["parts"] == ["(16, 256)"]
     assert max(told["apart"]) == 0
 

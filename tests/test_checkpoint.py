@@ -100,8 +100,8 @@ def stopped(workshop, tmp_path_factory):  # noqa: F811
 class Tuner:
     """What `checkpoint` looks at."""
 
-    def __init__(self, trainable, slots, seeds=()):
-        self.trainable_variables, self.seeds = trainable, seeds
+    def __init__(self, trainable, slots, states=()):
+        self.trainable_variables, self.states = trainable, states
         self.optimizer = types.SimpleNamespace(variables=slots)
 
 
@@ -123,7 +123,7 @@ def test_what_a_checkpoint_holds(whole):
     assert state["best"]["step"] == best["step"]
     assert state["best"]["eval_loss"] == best["eval_loss"]
     groups = {name.split("/")[0] for name in safetensors.load(data)}
-    assert groups == {"trainable", "optimizer", "seed"}
+    assert groups == {"trainable", "optimizer", "state"}
 
 
 def test_only_the_newest_checkpoints_stay(whole, stopped):
@@ -216,16 +216,16 @@ def test_a_checkpoint_of_another_model_is_refused(stopped, tmp_path):
     arrays["optimizer/99/foreign"] = np.zeros(1, "float32")
     safetensors.save_file(arrays, tmp_path / "state.safetensors")
 
-    groups = {"trainable": {}, "optimizer": {}, "seed": {}}
+    groups = {"trainable": {}, "optimizer": {}, "state": {}}
     for name, array in safetensors.load_file(stopped / file).items():
         group, index, path = name.split("/", 2)
         variable = keras.Variable(array, trainable=False)
         variable._path = path
         groups[group][int(index)] = variable
-    trainable, slots, seeds = (
+    trainable, slots, states = (
         [rows[i] for i in sorted(rows)] for rows in groups.values()
     )
-    tuner = Tuner(trainable, slots, seeds)
+    tuner = Tuner(trainable, slots, states)
     before = [float(ops.sum(v)) for v in trainable + slots]
     with pytest.raises(config.UserError) as caught:
         checkpoint.restore(tmp_path, tuner)

@@ -28,8 +28,8 @@ def folder(tmp_path_factory):
     return tiny.save(tmp_path_factory.mktemp("beyond"), **BEYOND)
 
 
-def tuner_of(folder, *, dtype="float16", blocks=False, **more):
-    """A `FineTuner` of rank-3 adapters; on Torch, its block compiled."""
+def tuner_of(folder, *, dtype="float16", **more):
+    """A `FineTuner` of rank-3 adapters."""
     cfg = config.replace(
         config.Config(),
         {
@@ -38,7 +38,6 @@ def tuner_of(folder, *, dtype="float16", blocks=False, **more):
             "data.batch_size": ROWS,
             "data.sequence_length": tiny.T,
             "train.learning_rate": 3e-3,
-            **({"model.compile": "on"} if blocks else {}),
             **more,
         },
     )
@@ -81,15 +80,19 @@ WAYS = ["plain", "recomputed"]
 WAYS += {"jax": ["loop"], "torch": ["compiled"]}.get(BACKEND, [])
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_float16_trains_as_float32(folder, exact, way, monkeypatch):
-    if way == "compiled":
-        monkeypatch.setattr(compiled, "inductor", quick)
-    more = {
+def settings_of(way, monkeypatch):
+    """What a run says to go one of the WAYS; no C++ is compiled."""
+    monkeypatch.setattr(compiled, "inductor", quick)
+    return {
         "recomputed": {"model.remat": "block"},
         "loop": {"model.scan": "on"},
+        "compiled": {"model.compile": "on"},
     }.get(way, {})
-    tuner = tuner_of(folder, blocks=way == "compiled", **more)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_float16_trains_as_float32(folder, exact, way, monkeypatch):
+    tuner = tuner_of(folder, **settings_of(way, monkeypatch))
     got = losses(tuner)
     # A first pass that overflows at the scale of 2^15 is left out.
     left = sum(tuner.overflows().counts().get(finite.BACKWARD, {}).values())
@@ -197,13 +200,8 @@ def spoil(tuner, block):
     "way, dtype", [("plain", "float32"), *((way, "float16") for way in WAYS)]
 )
 def test_the_first_block_is_named(folder, way, dtype, monkeypatch):
-    if way == "compiled":
-        monkeypatch.setattr(compiled, "inductor", quick)
-    more = {
-        "recomputed": {"model.remat": "block"},
-        "loop": {"model.scan": "on"},
-    }.get(way, {})
-    tuner = tuner_of(folder, dtype=dtype, blocks=way == "compiled", **more)
+    more = settings_of(way, monkeypatch)
+    tuner = tuner_of(folder, dtype=dtype, **more)
     losses(tuner, 4)
     assert not tuner.overflows().first()
     spoil(tuner, 1)

@@ -5,10 +5,6 @@ autograd in float64.
 """
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -317,20 +313,7 @@ def test_16_bits_multiplied_as_float32(dtype, monkeypatch):
     keras.config.backend() != "jax", reason="meshes are JAX's"
 )
 def test_16_bit_gradients_with_the_words_on_a_mesh():
-    flag = "--xla_force_host_platform_device_count=4"
-    here = pathlib.Path(__file__)
-    done = subprocess.run(
-        [sys.executable, str(here)],
-        env={
-            **os.environ,
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}",
-            "PYTHONPATH": os.pathsep.join([str(here.parent), *sys.path]),
-        },
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = tiny.on_devices(__file__, 4)
     assert told["words"] == [8]
     for dtype, limit in PRECISION.items():
         assert told[dtype] < limit

@@ -4,6 +4,12 @@ Awkward: heads * head_dim is not hidden, words are a prime, rows are three
 windows long, and the weights are so large that both soft caps bite.
 """
 
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
 import keras
 import numpy as np
 from keras import ops
@@ -153,6 +159,24 @@ def differentiate(function, variables):
         return float(ops.convert_to_numpy(value)), found
 
     return numbers
+
+
+def on_devices(file, count):
+    """The line of JSON that a file prints, run on so many virtual devices."""
+    flag = f"--xla_force_host_platform_device_count={count}"
+    here = pathlib.Path(file)
+    done = subprocess.run(
+        [sys.executable, str(here)],
+        env={
+            **os.environ,
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flag}",
+            "PYTHONPATH": os.pathsep.join([str(here.parent), *sys.path]),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def fill(backbone, seed=0, deviation=0.15):

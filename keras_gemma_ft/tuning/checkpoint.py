@@ -24,8 +24,7 @@ def _variables(tuner):
     groups = {
         "trainable": tuner.trainable_variables,
         "optimizer": tuner.optimizer.variables,
-        "seed": tuner.seeds,
-        "forward": [tuner.not_finite],
+        "state": tuner.states,
     }
     for group, variables in groups.items():
         for i, variable in enumerate(variables):

@@ -90,9 +90,10 @@ class FineTuner(keras.Model):
         return self.causal_lm.backbone
 
     @property
-    def seeds(self):
-        """The state of what draws random numbers, for a checkpoint."""
-        return [self.dropout.state] if self.dropout else []
+    def states(self):
+        """What else changes in a step, for a checkpoint: counts and seeds."""
+        seeds = [self.dropout.state] if self.dropout else []
+        return [self.not_finite, *seeds]
 
     def overflows(self):
         """`finite.Record` of all passes so far, read from the device."""
