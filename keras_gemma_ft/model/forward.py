@@ -322,7 +322,7 @@ def in_parts(run, x, seed, width, weights=()):
     def part(x, number, *weights):
         own = seed
         if seed is not None:
-            # Torch adds the two words: far from those of blocks and steps.
+            # Far from those of blocks and steps.
             far = ops.convert_to_tensor([2**24, 0], seed.dtype)
             own = seed + ops.cast(number, seed.dtype) * far
         return run(x, own, *weights)
