@@ -68,6 +68,41 @@ class Data:
     response_field: str = setting(
         "", "the records' field that holds the response"
     )
+    system: str = setting(
+        "",
+        "a system text for every conversation that has none of its own; it "
+        "stands before the first user text",
+    )
+    ignore: str = setting(
+        "",
+        "fields (name,name) that may be left unread although they look as if "
+        "they changed what a record means, such as label, score or tools",
+    )
+    roles: str = setting(
+        "",
+        "speakers of a conversation by other names: NAME=user,NAME=assistant,"
+        "NAME=system",
+    )
+    text_marks: str = setting(
+        "stop",
+        "a text record that spells a control token such as <end_of_turn>: "
+        "stop the run, parse it as the token, or take it literally as text",
+        ("stop", "parse", "literal"),
+    )
+    learn: str = setting(
+        "all",
+        "what a text record teaches: all of it, or, with "
+        "--data.text_marks=parse, only the model's turns",
+        ("all", "answers"),
+    )
+    columns: str = setting(
+        "", "names of the columns (name,name) of a CSV that has no header line"
+    )
+    delimiter: str = setting(
+        "auto",
+        "what separates the cells of a CSV: one character, or tab; 'auto' "
+        "tells from the first lines",
+    )
     sequence_length: int = setting(512, "tokens in a row")
     batch_size: int = setting(8, "rows per optimizer step, all devices")
     micro_batch_size: int = setting(
@@ -160,6 +195,10 @@ class Train:
     )
     time_budget: str = setting(
         "", "checkpoint and exit 75 after this long, e.g. 8.5h or 30m"
+    )
+    trackers: str = setting(
+        "",
+        "also log to these (name,name): tensorboard, wandb, mlflow",
     )
 
 

@@ -37,9 +37,7 @@ def evaluate(cfg):
 
     def score(what):
         # LoRA changes which variables there are: a new tuner each time.
-        tuner = trainer.FineTuner(
-            loaded.causal_lm, chunk=cfg.train.loss_chunk
-        )
+        tuner = trainer.FineTuner(loaded.causal_lm, chunk=cfg.train.loss_chunk)
         tuner.compile()
         judge = evaluation.Judge(cfg, tuner, loaded.tokenizer, held_out)
         found = judge.judge(what)

@@ -35,9 +35,7 @@ def _prompts(settings):
         return None
     path = pathlib.Path(settings.prompt_file)
     if not path.is_file():
-        raise config.UserError(
-            f"--generate.prompt_file={path}: no such file."
-        )
+        raise config.UserError(f"--generate.prompt_file={path}: no such file.")
     try:
         text = path.read_text("utf-8")
         lines = [line for line in text.split("\n") if line.strip()]

@@ -134,13 +134,9 @@ def values(variables):
 
 def test_steps_are_those_of_a_plain_adamw():
     """30 of them, decay and clipping included, accumulated from halves."""
-    variables, built = made(
-        global_clipnorm=5.0, gradient_accumulation_steps=2
-    )
+    variables, built = made(global_clipnorm=5.0, gradient_accumulation_steps=2)
     step = stepper(variables, built)
-    state = [
-        [v.astype("float64").ravel(), 0.0, 0.0] for v in values(variables)
-    ]
+    state = [[v.astype("float64").ravel(), 0.0, 0.0] for v in values(variables)]
     for t, grads in enumerate(gradients(30), 1):
         for share in (0.5, 1.5):
             step([g * np.float32(share) for g in grads])

@@ -109,9 +109,7 @@ def test_only_verbs_defer_imports_of_our_own():
         f"{name} defers {other}"
         for name, tree in TREES.items()
         for other, late in imports(tree)
-        if late
-        and not is_script(name)
-        and other.partition(".")[0] not in LATE
+        if late and not is_script(name) and other.partition(".")[0] not in LATE
     ]
     assert not wrong, "\n".join(wrong)
 

@@ -403,4 +403,6 @@ def test_the_trial_of_tokamax(monkeypatch):
         return attend(q, k, v, segments, None, window, kernel=kernel)
 
     monkeypatch.setattr(fused, "attend", uncapped)
-    assert "tokamax's out is" in fused._wrong(4, 2, 32, "bfloat16", 50.0, kernel)
+    assert "tokamax's out is" in fused._wrong(
+        4, 2, 32, "bfloat16", 50.0, kernel
+    )

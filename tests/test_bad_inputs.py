@@ -94,9 +94,7 @@ def good(workshop, tmp_path):  # noqa: F811
 )
 def test_before_any_framework_loads(tmp_path, argv, words):
     command = [sys.executable, "-m", "keras_gemma_ft.train", *argv.split()]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     check(done.returncode, done.stdout, done.stderr, words)
     assert not any(tmp_path.iterdir()), "something was written"
 

@@ -237,7 +237,10 @@ def test_a_checkpoint_of_another_model_is_refused(stopped, tmp_path):
 
 
 def test_a_resumed_run_ends_bit_for_bit_where_a_whole_one_does(
-    workshop, stopped, whole, capfd  # noqa: F811
+    workshop,
+    stopped,
+    whole,
+    capfd,  # noqa: F811
 ):
     # The newest checkpoint is damaged too: steps 5 and 6 are done twice.
     flip(stopped / "checkpoints/00000006/state.safetensors")
@@ -259,7 +262,9 @@ def test_a_resumed_run_ends_bit_for_bit_where_a_whole_one_does(
 
 
 def test_a_run_killed_after_its_last_step_is_finished(
-    workshop, whole, tmp_path  # noqa: F811
+    workshop,
+    whole,
+    tmp_path,  # noqa: F811
 ):
     folder = shutil.copytree(whole, tmp_path / "run")
     (folder / "summary.json").unlink()

@@ -76,8 +76,9 @@ def gradients(backbone, through, *, seed=None, recompute=False):
     )  # fmt: skip
     weights = np.random.default_rng(3).normal(size=found.shape)
     total = (found.float() * torch.tensor(weights).float()).sum()
-    values = [v.value for pair in lora.variables(backbone).values()
-              for v in pair]
+    values = [
+        v.value for pair in lora.variables(backbone).values() for v in pair
+    ]
     got = torch.autograd.grad(total, values)
     flat = torch.cat([g.flatten() for g in got])
     return found.detach().double().numpy(), flat.double().numpy()
@@ -306,8 +307,11 @@ def trained(folder, compile, **settings):
     ids, segments, positions = rows()
     losses = []
     for step in range(8):
-        x = {"token_ids": (ids + 3 * step) % tiny.V,
-             "segment_ids": segments, "positions": positions}
+        x = {
+            "token_ids": (ids + 3 * step) % tiny.V,
+            "segment_ids": segments,
+            "positions": positions,
+        }
         y = (x["token_ids"] * 7 + 1) % tiny.V
         weight = (segments > 0).float() / 45
         tuner.reset_metrics()

@@ -192,7 +192,11 @@ def test_what_is_no_duration(text):
 def test_seconds():
     assert config.seconds("") is None
     for text, value in (
-        ("8.5h", 30600), ("30m", 1800), ("90s", 90), ("90", 90), (".5 h", 1800)
+        ("8.5h", 30600),
+        ("30m", 1800),
+        ("90s", 90),
+        ("90", 90),
+        (".5 h", 1800),
     ):
         assert config.seconds(text) == value, text
     assert "'1h30m'" in message(config.seconds, "1h30m")
@@ -202,7 +206,10 @@ def test_targets():
     assert config.targets(Lora()) == config.TARGETS
     assert config.targets(Lora(targets="all-linear")) == config.TARGETS
     assert config.targets(Lora(targets="attention")) == (
-        "query", "key", "value", "attention_output"
+        "query",
+        "key",
+        "value",
+        "attention_output",
     )
     # In the model's order, whatever the user's.
     found = config.targets(Lora(targets="value, query"))

@@ -117,9 +117,7 @@ def test_every_epoch_holds_every_row_once(prepared, size):
     later = order(
         prepared, 9, start=31, batch_size=batch, micro_batch_size=size
     )
-    np.testing.assert_array_equal(
-        later, rows.ravel()[31 * batch : 40 * batch]
-    )
+    np.testing.assert_array_equal(later, rows.ravel()[31 * batch : 40 * batch])
 
 
 def test_micro_batches_are_of_one_bucket(prepared):
@@ -145,9 +143,7 @@ def test_micro_batches_are_of_one_bucket(prepared):
 
 def test_one_bucket_is_as_packed_rows(file, tokenizer):  # noqa: F811
     for kwargs in ({"buckets": 1}, {"pack": True}):
-        data = settings(
-            file, sequence_length=400, **{"pack": False, **kwargs}
-        )
+        data = settings(file, sequence_length=400, **{"pack": False, **kwargs})
         found = pipeline.prepare(data, tokenizer, "train", 0)
         assert len(found.buckets) == 1
         count = len(found.rows)
@@ -190,9 +186,7 @@ def test_batches_are_as_long_as_their_bucket(prepared, hosts):
                 assert {a.shape for a in arrays} == {shape}
             joined = np.concatenate([flat(s) for s in shares], axis=1)
             want = flat(prepared.batch(chosen, prepared.buckets[-1]))
-            np.testing.assert_array_equal(
-                joined[:-1], want[:-1, :, :width]
-            )
+            np.testing.assert_array_equal(joined[:-1], want[:-1, :, :width])
             assert not want[1, :, width:].any()
             np.testing.assert_allclose(
                 joined[-1], want[-1, :, :width] * parts / total, rtol=1e-6

@@ -42,9 +42,7 @@ def folder(tmp_path):
 def prepare(train, folder, tokenizer):
     """Function of settings: `Prepared`, through the cache in `folder`."""
 
-    def run(
-        path=train, split="train", seed=0, tokenizer=tokenizer, **kwargs
-    ):
+    def run(path=train, split="train", seed=0, tokenizer=tokenizer, **kwargs):
         data = settings(path, **{"cache": str(folder), **kwargs})
         return pipeline.prepare(data, tokenizer, split, seed)
 
@@ -254,9 +252,7 @@ def test_a_damaged_entry_is_made_anew(prepare, folder, name, damage):
 def test_what_a_killed_process_left_is_no_entry(prepare, folder):
     whole = prepare()
     [entry] = entries(folder)
-    stale, fresh = (
-        folder / f".{entry.name}.{mark * 8}" for mark in ("a", "b")
-    )
+    stale, fresh = (folder / f".{entry.name}.{mark * 8}" for mark in ("a", "b"))
     for path in (stale, fresh):
         path.mkdir()
         (path / "token_ids.npy").write_bytes(b"half")
@@ -287,9 +283,7 @@ def test_without_a_place_there_is_no_cache(prepare, tmp_path, kind):
 
 
 @pytest.mark.parametrize("at", [0, 3, 11])
-def test_a_full_disk_costs_only_the_cache(
-    prepare, folder, monkeypatch, at
-):
+def test_a_full_disk_costs_only_the_cache(prepare, folder, monkeypatch, at):
     saved, count = np.save, iter(range(99))
 
     def save(path, array):

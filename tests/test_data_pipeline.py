@@ -191,9 +191,7 @@ def test_step_loss_is_its_token_mean(prepared, micro, hosts):
     parts = 4 // size
     steps = 6
     by_host = [
-        batches(
-            prepared, micro_batch_size=micro, steps=steps, shard=(h, hosts)
-        )
+        batches(prepared, micro_batch_size=micro, steps=steps, shard=(h, hosts))
         for h in range(hosts)
     ]
     for step in range(steps):

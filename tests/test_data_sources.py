@@ -144,9 +144,7 @@ def test_json_cut_off(write):
 
 
 def test_csv_cells_stay_as_they_are(write):
-    path = write(
-        "a.csv", 'Q,A\r\n007,NA\r\n"a,\n""b""",null\r\n\u0085 c,\r\n'
-    )
+    path = write("a.csv", 'Q,A\r\n007,NA\r\n"a,\n""b""",null\r\n\u0085 c,\r\n')
     records, report = sources.read(path)
     assert records == [
         {"Q": "007", "A": "NA"},

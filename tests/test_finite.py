@@ -99,8 +99,10 @@ def test_float16_trains_as_float32(folder, exact, way, monkeypatch):
     assert left < 3 and not tuner.overflows().first()
     assert finite.FORWARD not in tuner.overflows().counts()
     apart = np.abs(got[left:] / exact[: STEPS - left] - 1)
-    print(f"float16, {way}: {apart.max():.1e} from float32's "
-          f"{exact[0]:.2f} to {exact[-1]:.2f}")
+    print(
+        f"float16, {way}: {apart.max():.1e} from float32's "
+        f"{exact[0]:.2f} to {exact[-1]:.2f}"
+    )
     assert exact[-1] < 0.9 * exact[0]
     assert apart.max() < 1e-2
 
@@ -221,7 +223,8 @@ def test_a_spoilt_gradient_is_named_and_left_out(folder):
     ]
     grads = [np.zeros(v.shape, "float32") for v in tuner.trainable_variables]
     places = [
-        i for i, v in enumerate(tuner.trainable_variables)
+        i
+        for i, v in enumerate(tuner.trainable_variables)
         if "decoder_block_1" in v.path or "decoder_block_0" in v.path
     ]
     for i in places:

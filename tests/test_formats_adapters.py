@@ -109,9 +109,7 @@ def torch_model():
 @pytest.mark.parametrize(
     "targets", [TARGETS, ("query", "value"), ("key", "ffw_linear")]
 )
-def test_peft_computes_our_delta(
-    tmp_path, torch_model, style, rslora, targets
-):
+def test_peft_computes_our_delta(tmp_path, torch_model, style, rslora, targets):
     import peft
     import torch
 
@@ -186,13 +184,16 @@ def test_peft_writes_and_we_read(tmp_path, torch_model):
     # And out again, although layer 1 is not adapted.
     adapters.write_peft(tmp_path / "again", got)
     again = peft.PeftModel.from_pretrained(torch_model(), tmp_path / "again")
-    assert torch.tensor(
-        [
-            hasattr(m, "lora_A")
-            for n, m in again.named_modules()
-            if n.endswith("layers.1.self_attn.q_proj")
-        ]
-    ).sum() == 0
+    assert (
+        torch.tensor(
+            [
+                hasattr(m, "lora_A")
+                for n, m in again.named_modules()
+                if n.endswith("layers.1.self_attn.q_proj")
+            ]
+        ).sum()
+        == 0
+    )
     same(adapters.read_peft(tmp_path / "again"), got)
 
 
@@ -209,9 +210,7 @@ def test_peft_round_trip(tmp_path, style, rslora):
 
 
 @pytest.mark.parametrize("style,rslora", STYLES)
-def test_peft_without_our_header_is_the_same_function(
-    tmp_path, style, rslora
-):
+def test_peft_without_our_header_is_the_same_function(tmp_path, style, rslora):
     adapter = make(style, rslora=rslora)
     adapters.write_peft(tmp_path, adapter)
     edit_tensors(tmp_path, lambda tensors: tensors)
@@ -243,9 +242,7 @@ def test_stock_form_is_exact(rank):
     for (layer, target), pair in adapter.weights.items():
         a, b = (x.astype("float64") for x in pair)
         new_a, new_b = low_rank.to_stock("standard", target, a, b, stock)
-        shapes = adapters.pair_shapes(
-            "keras", target, KERNELS[target], stock
-        )
+        shapes = adapters.pair_shapes("keras", target, KERNELS[target], stock)
         assert (new_a.shape, new_b.shape) == shapes
         np.testing.assert_allclose(
             np.einsum("...r,rz->...z", new_a, new_b) * 6.0 / rank,

@@ -91,9 +91,7 @@ def test_soft_caps_bite(backbone, witness, monkeypatch):
     token_ids = tiny.ids(2, tiny.T)
     capped, tanh = [], torch.tanh
     with monkeypatch.context() as patch:
-        patch.setattr(
-            torch, "tanh", lambda x: (capped.append(x), tanh(x))[1]
-        )
+        patch.setattr(torch, "tanh", lambda x: (capped.append(x), tanh(x))[1])
         theirs(witness, token_ids)
     *scores, logits = capped
     assert len(scores) == backbone.num_layers
@@ -117,9 +115,7 @@ def test_agrees_with_the_stock_forward(backbone):
     segment_ids, positions = (np.tile(a, (2, 1)) for a in tiny.layout(19))
 
     def stock(token_ids, padding_mask):
-        return backbone(
-            {"token_ids": token_ids, "padding_mask": padding_mask}
-        )
+        return backbone({"token_ids": token_ids, "padding_mask": padding_mask})
 
     want = tiny.compute(stock, token_ids, segment_ids)
     got, _ = ours(backbone, token_ids, segment_ids, positions)
@@ -190,7 +186,9 @@ def test_gradients_and_recomputation(backbone, witness, monkeypatch):
         scale = np.abs(got).max()
         assert scale > 1e-3
         tiny.close(
-            f"{variable.path}, recomputed", twice / scale, got / scale,
+            f"{variable.path}, recomputed",
+            twice / scale,
+            got / scale,
             atol=5e-5,
         )
         name, got = names.to_huggingface(variable.path, got)
@@ -369,7 +367,8 @@ def test_parts_draw_their_own_dropout(monkeypatch):
 
     found = tiny.compute(whole, np.zeros((2, 13, 3), "float32"))
     assert [len(np.unique(found[:, a:b])) for a, b in ((0, 5), (5, 10))] == [
-        1, 1
+        1,
+        1,
     ]
     assert len(np.unique(found)) == 3
 

@@ -219,9 +219,7 @@ def test_samplers_repeat_with_their_seed(loaded, session, said):
     assert sample(1, sampler="top_k", temperature=1e-4) == said
 
 
-def test_an_adapter_changes_the_answer(
-    session, cfg, tmp_path, monkeypatch
-):
+def test_an_adapter_changes_the_answer(session, cfg, tmp_path, monkeypatch):
     loaded = presets.load(cfg.preset)
     backbone = loaded.causal_lm.backbone
     lora.enable(backbone, config.Lora(rank=2))
@@ -245,9 +243,7 @@ def test_an_adapter_changes_the_answer(
     assert found == {"completions": expected}
 
 
-def test_the_verb_takes_a_prompt_a_file_or_a_chat(
-    cfg, tmp_path, monkeypatch
-):
+def test_the_verb_takes_a_prompt_a_file_or_a_chat(cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime, "start", lambda cfg: None)
     said = []
 

@@ -109,7 +109,12 @@ else:
 
 
 def run(
-    workshop, folder, *, program=TRAIN, other=None, **changes  # noqa: F811
+    workshop,
+    folder,
+    *,
+    program=TRAIN,
+    other=None,
+    **changes,  # noqa: F811
 ):
     """What two processes x 4 devices said; `other` is for process 1 alone."""
     coordinator = f"127.0.0.1:{free_port()}"
@@ -128,7 +133,11 @@ def run(
 
 
 def run_one_command(
-    workshop, folder, *, program=TRAIN, **changes  # noqa: F811
+    workshop,
+    folder,
+    *,
+    program=TRAIN,
+    **changes,  # noqa: F811
 ):
     """What the one command said that starts both processes itself: Torch."""
     changes = {"hosts__local": "2", **QUICK, **changes}
@@ -202,7 +211,9 @@ def test_rows_over_hosts_give_the_numbers_of_one(one, two):
 
 @jax_only
 def test_weights_over_hosts_give_the_numbers_of_one(
-    workshop, one, tmp_path  # noqa: F811
+    workshop,
+    one,
+    tmp_path,  # noqa: F811
 ):
     said = run(workshop, tmp_path, mesh="1x8")
     assert [code for code, *_ in said] == [0, 0], said[0][2] + said[1][2]
@@ -241,7 +252,9 @@ def dying(who, step, number):
 
 @jax_only
 def test_whatever_ends_a_process_the_same_command_goes_on(
-    workshop, two, tmp_path  # noqa: F811
+    workshop,
+    two,
+    tmp_path,  # noqa: F811
 ):
     # SIGTERM came to one of them: both stop at that window, having saved.
     program = dying(1, 2, signal.SIGTERM)
@@ -277,7 +290,10 @@ runtime.main(lambda cfg: workers.run(cfg, 2, "dying"), "")
 
 @torch_only
 def test_a_process_is_killed_and_the_one_command_goes_on(
-    workshop, two, tmp_path, monkeypatch  # noqa: F811
+    workshop,
+    two,
+    tmp_path,
+    monkeypatch,  # noqa: F811
 ):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path}")
     (tmp_path / "dying.py").write_text(dying(1, 6, signal.SIGKILL)[1])
@@ -338,7 +354,8 @@ def test_a_silent_process_counts_as_gone():
 
 @torch_only
 def test_no_process_outlives_the_one_that_started_it(
-    workshop, tmp_path  # noqa: F811
+    workshop,
+    tmp_path,  # noqa: F811
 ):
     cfg = settings(workshop, tmp_path, hosts__local="2", **QUICK)
     parent = subprocess.Popen(
@@ -472,7 +489,8 @@ def test_two_processes_sum_gradients_and_agree():
 
 @jax_only
 def test_processes_given_different_runs_all_refuse(
-    workshop, tmp_path  # noqa: F811
+    workshop,
+    tmp_path,  # noqa: F811
 ):
     said = run(workshop, tmp_path, other={"seed": 4})
     for code, last, err in said:

@@ -338,7 +338,7 @@ def on_path(folder):
 
 
 # Of a user who likes quotes; each host must get it as it was typed.
-TRICKY = "--generate.prompt=it's \"so\" $HOME & more"
+TRICKY = '--generate.prompt=it\'s "so" $HOME & more'
 
 
 def test_a_pod_runs_one_command_on_every_host(tmp_path):
@@ -390,9 +390,7 @@ def test_a_pod_runs_one_command_on_every_host(tmp_path):
 
 def test_slurm_runs_the_command_through_srun(tmp_path):
     environment(tmp_path)
-    script(
-        tmp_path / "bin/srun", 'echo "$JAX_LOCAL_DEVICE_IDS"; exec "$@"'
-    )
+    script(tmp_path / "bin/srun", 'echo "$JAX_LOCAL_DEVICE_IDS"; exec "$@"')
     given = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_GPUS_ON_NODE": "4"}
     done = run(
         ["bash", str(LAUNCH / "slurm.sbatch"), "generate", TRICKY],

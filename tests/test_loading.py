@@ -68,9 +68,7 @@ def test_values_without_random_numbers(forms, folder, form, dtype, monkeypatch):
 
 
 def test_the_fingerprint_is_of_the_weights(forms):
-    found = {
-        presets.load(str(folder)).fingerprint for folder in forms.values()
-    }
+    found = {presets.load(str(folder)).fingerprint for folder in forms.values()}
     assert len(found) == 1
     half = presets.load(str(forms["one"]), dtype="bfloat16").fingerprint
     assert half not in found
@@ -295,9 +293,7 @@ def test_a_source_that_changes_is_not_kept(kept, forms, tmp_path, monkeypatch):
 
 def test_verbs_store_what_they_load(folder):
     """`presets.open` is what train, evaluate and generate call."""
-    cfg = config.Config(
-        preset=str(folder), model=config.Model(quantize="int4")
-    )
+    cfg = config.Config(preset=str(folder), model=config.Model(quantize="int4"))
     backbone = presets.open(cfg).causal_lm.backbone
     assert all(x._kernel is None for x in lora.layers(backbone))
     session = chat.load(cfg)

@@ -67,9 +67,7 @@ def everywhere(request, folder):
 def test_project_is_the_dense_product(everywhere, alpha, rslora):
     style, backbone = everywhere
     before = backbone.lora
-    backbone.lora = config.Lora(
-        rank=3, alpha=alpha, rslora=rslora, style=style
-    )
+    backbone.lora = config.Lora(rank=3, alpha=alpha, rslora=rslora, style=style)
     # alpha 0 stands for alpha = rank.
     scale = (alpha or 3.0) / (3.0**0.5 if rslora else 3.0)
     block = backbone.transformer_layers[1]
@@ -296,8 +294,9 @@ def test_no_two_dropouts_of_a_run_share_a_seed(everywhere, monkeypatch):
 
 def test_dropout_under_recomputation(dropping):
     token_ids = tiny.ids(2, tiny.T)
-    batch = [ops.convert_to_tensor(a)
-             for a in (token_ids, *one_segment(token_ids))]
+    batch = [
+        ops.convert_to_tensor(a) for a in (token_ids, *one_segment(token_ids))
+    ]
 
     def value(seed, recompute=False):
         hidden = forward.hidden_states(

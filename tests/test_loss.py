@@ -193,9 +193,7 @@ def test_16_bit_hidden_states(data, table_trained):
     """Logits and losses stay float32; the error is that of the matmul."""
     hidden, table, y, _ = data
     rounded = [
-        ops.convert_to_numpy(
-            ops.cast(ops.cast(a, "bfloat16"), "float32")
-        )
+        ops.convert_to_numpy(ops.cast(ops.cast(a, "bfloat16"), "float32"))
         for a in (hidden, table)
     ]
     want = by_definition(*rounded, y, 30.0)
@@ -222,9 +220,7 @@ PRECISION = {"bfloat16": 1e-2, "float16": 1.5e-3}
 SCALES = [1.0, 2.0**17]
 
 
-def apart_in_16_bits(
-    dtype, scale, *, rows=B, words=V, sure=False, **settings
-):
+def apart_in_16_bits(dtype, scale, *, rows=B, words=V, sure=False, **settings):
     """|dh - float64's| / |float64's| of a head in `dtype`, loss * scale.
 
     sure: the right word has logit 16, all others have 0.
@@ -309,9 +305,7 @@ def test_16_bits_multiplied_as_float32(dtype, monkeypatch):
         assert apart_in_16_bits(dtype, scale) < PRECISION[dtype]
 
 
-@pytest.mark.skipif(
-    keras.config.backend() != "jax", reason="meshes are JAX's"
-)
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="meshes are JAX's")
 def test_16_bit_gradients_with_the_words_on_a_mesh():
     told = tiny.on_devices(__file__, 4)
     assert told["words"] == [8]
@@ -391,9 +385,7 @@ def test_logits_of_all_tokens_never_exist(table_trained):
             )
 
         which = (0, 1) if table_trained else 0
-        traced = jax.make_jaxpr(jax.value_and_grad(total, which))(
-            hidden, table
-        )
+        traced = jax.make_jaxpr(jax.value_and_grad(total, which))(hidden, table)
         return max(sizes(traced.jaxpr))
 
     assert largest(512) == 512 * 1000
@@ -402,13 +394,17 @@ def test_logits_of_all_tokens_never_exist(table_trained):
     if table_trained:
         return
     # And they are held once, not kept for a backward pass.
-    compiled = jax.jit(
-        jax.grad(
-            lambda h: ops.sum(
-                loss.token_loss(h, table, y, cap=30.0, chunk=16)
+    compiled = (
+        jax.jit(
+            jax.grad(
+                lambda h: ops.sum(
+                    loss.token_loss(h, table, y, cap=30.0, chunk=16)
+                )
             )
         )
-    ).lower(hidden).compile()
+        .lower(hidden)
+        .compile()
+    )
     used = compiled.memory_analysis().temp_size_in_bytes
     print(f"temporary memory: {used:,} bytes")
     assert used < 512 * 1000 * 4 / 4

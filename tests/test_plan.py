@@ -161,7 +161,9 @@ MEASURED = [
 ]
 
 
-@pytest.mark.parametrize("row", MEASURED, ids=lambda row: "-".join(map(str, row[:6])))
+@pytest.mark.parametrize(
+    "row", MEASURED, ids=lambda row: "-".join(map(str, row[:6]))
+)
 def test_what_an_h200_took(row):
     backend, rows, tokens, remat, dtype, quantize, gib, rate = row
     cfg = config.replace(

@@ -71,9 +71,9 @@ def _plainly(kernel, mode):
     groups = kernel.shape[0], -1
     return {
         "codes": found,
-        "absmax": np.concatenate(stored).astype("uint8").reshape(
-            *kernel.shape[:-1], -1
-        ),
+        "absmax": np.concatenate(stored)
+        .astype("uint8")
+        .reshape(*kernel.shape[:-1], -1),
         "low": np.array(low, "float32").reshape(groups),
         "step": np.array(step, "float32").reshape(groups),
     }

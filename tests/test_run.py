@@ -183,9 +183,10 @@ def test_the_run_folder_holds_what_the_contract_says(first, workshop):
     assert described["settings"] == config.flatten(cfg)
     assert described["backend"] == BACKEND
     assert described["versions"]["keras"] == keras.__version__
-    assert described["tokenizer"] == hashlib.sha256(
-        VOCABULARY.read_bytes()
-    ).hexdigest()
+    assert (
+        described["tokenizer"]
+        == hashlib.sha256(VOCABULARY.read_bytes()).hexdigest()
+    )
     assert len(described["preset"]) == 64
     for split, rows in (("train", 40), ("eval", 12)):
         data = (workshop / f"{split}.jsonl").read_bytes()
@@ -252,9 +253,7 @@ def test_tokens_and_learning_rate_are_recomputed(first):
     cfg, summary = first
     tokenizer = tokens.Tokenizer(VOCABULARY.read_bytes())
     rows = pipeline.prepare(cfg.data, tokenizer, "train", cfg.seed)
-    batches = pipeline.train_batches(
-        rows, batch_size=4, seed=cfg.seed, steps=8
-    )
+    batches = pipeline.train_batches(rows, batch_size=4, seed=cfg.seed, steps=8)
     learned = np.cumsum([(weight > 0).sum() for _, _, weight in batches])
     found = metrics(cfg.run_dir, "loss")
     assert [x["tokens"] for x in found] == learned[1::2].tolist()
@@ -270,9 +269,7 @@ def test_loss_falls_and_stock_keras_hub_agrees(first, workshop):
     cfg, summary = first
     folder, file = workshop / "preset", workshop / "eval.jsonl"
     before = stock_loss(folder, file)
-    np.testing.assert_allclose(
-        summary["eval_loss_before"], before, rtol=1e-5
-    )
+    np.testing.assert_allclose(summary["eval_loss_before"], before, rtol=1e-5)
     adapter = pathlib.Path(cfg.run_dir) / "adapter.lora.h5"
     after = stock_loss(folder, file, (adapter, cfg.lora))
     np.testing.assert_allclose(summary["eval_loss"], after, rtol=1e-5)
@@ -281,9 +278,7 @@ def test_loss_falls_and_stock_keras_hub_agrees(first, workshop):
     assert losses[-1] < losses[0]
 
 
-def test_the_clock_leaves_the_model_alone_during_a_step(
-    tmp_path, monkeypatch
-):
+def test_the_clock_leaves_the_model_alone_during_a_step(tmp_path, monkeypatch):
     """Keras calls it from a thread; there `self.model` would sync the state
     on JAX, which the running step has donated: a crash at random."""
     clock = callbacks.Clock(
@@ -365,9 +360,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     assert (tmp_path / "model").exists()
 
 
-def test_the_best_adapter_is_kept_and_patience_ends_the_run(
-    workshop, tmp_path
-):
+def test_the_best_adapter_is_kept_and_patience_ends_the_run(workshop, tmp_path):
     # The warm-up never ends: the learning rate grows until the loss does.
     cfg = settings(
         workshop,

@@ -256,9 +256,7 @@ def cpu(monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(runtime, "tpu", lambda: False)
     monkeypatch.setattr(runtime, "cuda", lambda: False)
-    monkeypatch.setattr(
-        runtime.platform, "libc_ver", lambda: ("glibc", "2.36")
-    )
+    monkeypatch.setattr(runtime.platform, "libc_ver", lambda: ("glibc", "2.36"))
     return monkeypatch
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from keras_gemma_ft import command_line, config, runtime, workers
 
+
 def asked(count=0, index=-1, coordinator="", **environment):
     variables = {
         f"KERAS_DISTRIBUTION_{k}": str(v) for k, v in environment.items()

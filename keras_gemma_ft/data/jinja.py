@@ -72,7 +72,7 @@ def render(found, source):
                 f"first {i} and the generation prompt, so nobody can tell "
                 "which part is learned. It must only ever append, and honour "
                 f"add_generation_prompt. Prompt: {before[-80:]!r}, "
-                f"whole: {after[len(done):][:160]!r}"
+                f"whole: {after[len(done) :][:160]!r}"
             )
         answer = after[len(before) :]
         # White space after the end of a turn is nobody's choice.

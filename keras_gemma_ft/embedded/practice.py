@@ -144,9 +144,7 @@ def _page(rng):
 
 def _records(rng):
     make = rng.choice((_person, _sale, _animal, _page))
-    return "\n".join(
-        _record(rng, make(rng)) for _ in range(rng.randint(1, 4))
-    )
+    return "\n".join(_record(rng, make(rng)) for _ in range(rng.randint(1, 4)))
 
 
 # Names of a record's fields, in any mixture.

@@ -8,7 +8,5 @@ def get_config():
     return config.Config(
         data=config.Data(sequence_length=128, batch_size=8),
         lora=config.Lora(rank=16),
-        train=config.Train(
-            steps=400, learning_rate=1e-2, warmup="20 steps"
-        ),
+        train=config.Train(steps=400, learning_rate=1e-2, warmup="20 steps"),
     )

@@ -320,8 +320,9 @@ def _shards(folder):
 
 
 def _stream(folder, found, head_dim):
-    headers = {shard: tensors.header(folder / shard)[0]
-               for shard in {*found.values()}}
+    headers = {
+        shard: tensors.header(folder / shard)[0] for shard in {*found.values()}
+    }
     for name, shard in found.items():
         array = tensors.read(folder / shard, headers[shard][name])
         yield to_keras(name, array, head_dim=head_dim)

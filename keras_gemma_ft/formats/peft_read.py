@@ -212,7 +212,8 @@ def _lies(adapter, kernels):
     if not (is_number(adapter.alpha) and is_number(adapter.dropout)):
         yield "alpha or dropout is no number"
     if type(adapter.rslora) is not bool or {
-        type(adapter.base), type(adapter.init)
+        type(adapter.base),
+        type(adapter.init),
     } != {str}:
         yield "rslora, base or init has a wrong type"
     if adapter.targets != low_rank.ordered(t for _, t in adapter.weights):

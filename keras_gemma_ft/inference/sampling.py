@@ -90,9 +90,7 @@ class Generator:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             tell = on_token and (lambda i, id: on_token(rows[i], id))
-            completions = self._batch(
-                [prompts[i] for i in rows], limit, tell
-            )
+            completions = self._batch([prompts[i] for i in rows], limit, tell)
             for i, completion in zip(rows, completions):
                 outputs[i] = completion
         return outputs

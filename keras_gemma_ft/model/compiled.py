@@ -314,7 +314,9 @@ def _halves(attention, facts, weights, look, rope, seed, x):
     q, k, v = (torch_attention.keep(y).transpose(1, 2) for y in (q, k, v))
     out = attention.attend(q, k, v, look).transpose(1, 2).flatten(2)
     (attended,) = _project(facts, weights, _OUTPUT, seed, out)
-    x = x + _post(facts, weights, "post_attention_norm", torch_attention.keep(attended))
+    x = x + _post(
+        facts, weights, "post_attention_norm", torch_attention.keep(attended)
+    )
     x = torch_attention.keep(x)
     normed = _norm(facts, x, weights["pre_ffw_norm"], facts.compute)
     gate, up = _project(facts, weights, _GATES, seed, normed)

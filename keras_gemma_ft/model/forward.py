@@ -73,16 +73,21 @@ def hidden_states(
         loop = scan and keras.config.backend() == "jax"
         through = scanned.blocks if loop else scanned.unrolled
         seeds = _seeds(backbone, seed)
-        x, fine = through(
-            run, backbone.transformer_layers, seeds, x, recompute
-        )
+        x, fine = through(run, backbone.transformer_layers, seeds, x, recompute)
     else:
         cache, look = _extend(backbone, cache, segment_ids)
         layers = []
         for i, block in enumerate(backbone.transformer_layers):
             x, pair = _block(
-                backbone, look, rope, False, block, None, x,
-                cache["layers"][i], cache["index"],
+                backbone,
+                look,
+                rope,
+                False,
+                block,
+                None,
+                x,
+                cache["layers"][i],
+                cache["index"],
             )
             layers.append(pair)
         cache["layers"] = layers
@@ -182,9 +187,7 @@ def _masked(backbone, query_segments, key_segments, index):
     """As `_look`, all scores at once."""
     cap = backbone.attention_logit_soft_cap
     masks = {
-        kind: attention.allowed(
-            query_segments, key_segments, index, 0, window
-        )
+        kind: attention.allowed(query_segments, key_segments, index, 0, window)
         for kind, window in _windows(backbone).items()
     }
     return {

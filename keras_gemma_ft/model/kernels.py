@@ -288,4 +288,3 @@ def gated(gate, up):
         return tuple(ops.cast(x, kind) for x in found)
 
     return own_gradient(forward, backward)(gate, up)
-

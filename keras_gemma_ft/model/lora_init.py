@@ -131,9 +131,7 @@ def apply(backbone, mode, *, seed, kept=None):
 
         def start(known):
             own = [seed, i, config.TARGETS.index(name)]
-            return init(
-                kernel, name, settings, mode, seed=own, known=known
-            )
+            return init(kernel, name, settings, mode, seed=own, known=known)
 
         *found, rest = _agreed(start, held.get((i, name)))
         weights[i, name] = tuple(found)

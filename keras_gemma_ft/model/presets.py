@@ -303,8 +303,9 @@ def _read_huggingface(folder, dtype):
     """A backbone filled from safetensors, one tensor in memory at a time."""
     stream = huggingface.read_tensors(folder)
     backbone = _huggingface_backbone(folder, dtype)
-    variables = {v.path.removeprefix(f"{backbone.name}/"): v
-                 for v in backbone.variables}
+    variables = {
+        v.path.removeprefix(f"{backbone.name}/"): v for v in backbone.variables
+    }
     for path, array in progress(stream, len(variables), "loading"):
         variables[path].assign(array)
     return backbone

@@ -71,8 +71,7 @@ def blocks(run, layers, seeds, x, recompute):
         picked = iter(_pick(number, large))
         small = iter(small)
         mapping = [
-            (v, next(small if s else picked))
-            for v, s in zip(template, stacked)
+            (v, next(small if s else picked)) for v, s in zip(template, stacked)
         ]
         with keras.StatelessScope(state_mapping=mapping):
             for j, layer in enumerate(bodies[0]):

@@ -177,9 +177,7 @@ def place(variable, value):
 
     layout = current.get_variable_layout(variable).backend_layout
     # Unlike device_put, asks no other host whether it has the same array.
-    return jax.make_array_from_callback(
-        value.shape, layout, value.__getitem__
-    )
+    return jax.make_array_from_callback(value.shape, layout, value.__getitem__)
 
 
 def bytes_per_device(items, mesh):

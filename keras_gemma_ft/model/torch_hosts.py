@@ -79,9 +79,7 @@ def _meet(count, index, coordinator, deadline):
         *address,
         is_master=index == 0,
         wait_for_workers=False,
-        timeout=datetime.timedelta(
-            seconds=max(1, deadline - time.monotonic())
-        ),
+        timeout=datetime.timedelta(seconds=max(1, deadline - time.monotonic())),
     )
     store.add("came", 1)
     while store.add("came", 0) < count:

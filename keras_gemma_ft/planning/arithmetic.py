@@ -151,9 +151,7 @@ class Step:
         return self.compiled or named
 
 
-def estimate(
-    cfg, settings, device, mesh, *, dtype, recompute, backend="jax"
-):
+def estimate(cfg, settings, device, mesh, *, dtype, recompute, backend="jax"):
     """`Estimate` of a step of `cfg`; arguments as the attributes of `Step`."""
     step = Step(cfg, settings, device, mesh, dtype, recompute, backend)
     expected, rests_on = speed.expected(step)

@@ -215,6 +215,7 @@ def gpu_of(title, memory, capability=0.0, count=1):
         capability: compute capability; 0 is unknown.
         count: how many.
     """
+
     def far(name):
         return abs(_GPUS[name][1] * GIB - memory)
 

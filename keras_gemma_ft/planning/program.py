@@ -118,9 +118,7 @@ def lower(tuner, batch):
     shardings = None
     if keras.distribution.distribution() is not None:
         shardings = (None, tuner._get_state_sharding_spec())
-    step = jax.jit(
-        tuner.train_step, donate_argnums=0, out_shardings=shardings
-    )
+    step = jax.jit(tuner.train_step, donate_argnums=0, out_shardings=shardings)
     return step.lower(state, batch)
 
 

@@ -56,7 +56,10 @@ def of_preset(preset):
         source = presets.resolve(preset)
     if isinstance(source, str):
         for size in _SIZES:
-            if f"gemma2_{size}_" in source or f"gemma2_instruct_{size}" in source:
+            if (
+                f"gemma2_{size}_" in source
+                or f"gemma2_instruct_{size}" in source
+            ):
                 return known(size)
         return _downloaded(source)
     settings = huggingface.read_json(source / "config.json")

@@ -41,8 +41,11 @@ def flops_per_token(step):
     full = 0 if step.cfg.lora.rank else 1
     # Query by key and weight by value: 4 FLOPs a pair of places and head
     # channel; backwards they are formed again, with four products more.
-    looks = 4 * s["num_query_heads"] * s["head_dim"] * sum(
-        _reach(step, i) for i in range(s["num_layers"])
+    looks = (
+        4
+        * s["num_query_heads"]
+        * s["head_dim"]
+        * sum(_reach(step, i) for i in range(s["num_layers"]))
     )
     again = 1 if step.recompute else 0
     return (

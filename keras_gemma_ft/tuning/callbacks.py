@@ -115,9 +115,7 @@ class Evaluate(keras.callbacks.Callback):
         best: {"step", "eval_loss", "worse"} of a run that is continued.
     """
 
-    def __init__(
-        self, folder, batches, count, *, every, steps, patience, best
-    ):
+    def __init__(self, folder, batches, count, *, every, steps, patience, best):
         super().__init__()
         self.folder, self.batches, self.count = folder, batches, count
         self.every, self.steps, self.patience = every, steps, patience
@@ -238,9 +236,7 @@ def _next(step, every):
 
 def save_best(folder, tuner, best):
     """best.safetensors: the trained values with the lowest held-out loss."""
-    arrays = {
-        v.path: hosts.whole(v.value) for v in tuner.trainable_variables
-    }
+    arrays = {v.path: hosts.whole(v.value) for v in tuner.trainable_variables}
     if not hosts.first():
         return
     facts = {key: str(value) for key, value in best.items()}

@@ -94,8 +94,10 @@ def latest(run_dir):
             if _digest(facts, data) != facts["sha256"]:
                 raise ValueError("its sha256 differs")
         except (OSError, ValueError, KeyError) as error:
-            runtime.say(f"checkpoint {folder.name} is damaged ({error}); "
-                        f"looking for an older one")
+            runtime.say(
+                f"checkpoint {folder.name} is damaged ({error}); "
+                f"looking for an older one"
+            )
             continue
         return folder, facts
     return None
@@ -140,7 +142,8 @@ def restore(folder, tuner):
             )
     if wrong:
         raise config.UserError(
-            f"{folder} is of another run:\n" + "\n".join(sorted(wrong)[:20])
+            f"{folder} is of another run:\n"
+            + "\n".join(sorted(wrong)[:20])
             + "\nUse another --run_dir, or --noresume to start afresh."
         )
     for name, variable in named.items():

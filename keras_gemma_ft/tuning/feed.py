@@ -9,6 +9,7 @@ import collections
 import time
 
 import keras
+
 # Not public; but `get_data_adapter` lets a custom one pass on purpose.
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 

@@ -121,8 +121,10 @@ class Record:
 
     def first(self):
         """Where what is not finite now began, in words; "" is nowhere."""
-        where = {d: (kept[1].max(), kept[1].argmax())
-                 for d, kept in self.kept.items()}
+        where = {
+            d: (kept[1].max(), kept[1].argmax())
+            for d, kept in self.kept.items()
+        }
         (ahead, output), (back, gradient) = where[FORWARD], where[BACKWARD]
         if ahead and ahead >= back:
             return f"the output of {self.names[output]}"

@@ -301,9 +301,7 @@ def run(cfg, backend):
 
 def _train(cfg, folder, job, tuner, began, backend):
     """Before, fit, after, exports, summary."""
-    judge = evaluation.Judge(
-        cfg, tuner, job.tokenizer, job.held_out, job.rows
-    )
+    judge = evaluation.Judge(cfg, tuner, job.tokenizer, job.held_out, job.rows)
     found = checkpoint.newest(folder.path) if cfg.resume else None
     facts = {}
     if found:

@@ -217,9 +217,7 @@ def with_lora(spec, causal_lm, *, start=False):
         causal_lm.backbone.lora = chosen
         first = lora.initial(causal_lm.backbone, seed=spec["seed"])
         lora.write(causal_lm.backbone, first)
-    optimizer = keras.optimizers.AdamW(
-        spec["learning_rate"], weight_decay=0.0
-    )
+    optimizer = keras.optimizers.AdamW(spec["learning_rate"], weight_decay=0.0)
     if spec["dtype"] == "float16":
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
     # Its default metric, the accuracy, is work that ours does not do.

@@ -193,9 +193,7 @@ def _run(args):
         causal_lm=keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
     )
     tuner = trainer.build(cfg, loaded, steps=4, warmup=1)
-    batch = program.batch(
-        lambda kind: np.ones((args.rows, args.tokens), kind)
-    )
+    batch = program.batch(lambda kind: np.ones((args.rows, args.tokens), kind))
     tuner.train_on_batch(*batch)
     memory.reset(None)
     for _ in range(3):

@@ -68,9 +68,10 @@ def main():
              ("stand_in", "plan")), f"{one['error']:+.0%}"]
         )  # fmt: skip
         say(f"{rows[-1]}")
-    table(["", "", "measured MiB", "planned", ""], [
-        [*row, ""][:5] for row in rows
-    ])
+    table(
+        ["", "", "measured MiB", "planned", ""],
+        [[*row, ""][:5] for row in rows],
+    )
     print(json.dumps(found))
 
 

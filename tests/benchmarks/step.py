@@ -88,9 +88,7 @@ def main():
         sizes = model.Sizes(*model.PRESETS[args.size])
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        model.write(
-            f"{folder}/model", sizes, dtype=args.dtype, seed=args.seed
-        )
+        model.write(f"{folder}/model", sizes, dtype=args.dtype, seed=args.seed)
         specs = plan(args, sizes, folder)
         groups = [[n] for n in specs] if args.alone else [list(specs)]
         for group in groups:

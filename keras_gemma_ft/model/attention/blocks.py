@@ -82,7 +82,13 @@ def _listed_back(
         keys = (slice(None), slice(None), slice(low, end))
         sums = lse[:, :, :, first:end]
         dq, *pair = scores.gradients(
-            q[here], k[keys], v[keys], mask, out[here], sums, upstream[here],
+            q[here],
+            k[keys],
+            v[keys],
+            mask,
+            out[here],
+            sums,
+            upstream[here],
             cap,
         )
         dqs.append(dq)
@@ -93,9 +99,9 @@ def _listed_back(
             cut = slice(at - low, at - low + block)
             new = [part[:, :, cut] for part in pair]
             old = parts.get(at)
-            parts[at] = new if old is None else [
-                a + b for a, b in zip(old, new)
-            ]
+            parts[at] = (
+                new if old is None else [a + b for a, b in zip(old, new)]
+            )
     dk, dv = (
         ops.concatenate([parts[at][i] for at in sorted(parts)], 2)
         for i in range(2)
@@ -192,8 +198,11 @@ def _scan(q, k, v, segments, starts, block, cap, window):
                 queries, _cut(segments, low, size, 1), first, low, window
             )
             return scores.weigh(
-                _cut(q, first, block), _cut(k, low, size), _cut(v, low, size),
-                mask, cap,
+                _cut(q, first, block),
+                _cut(k, low, size),
+                _cut(v, low, size),
+                mask,
+                cap,
             )
 
         return _switch(i, blocks, block, starts, window, run)
@@ -232,8 +241,14 @@ def _scan_back(
                 queries, _cut(segments, low, size, 1), first, low, window
             )
             dq, *pair = scores.gradients(
-                here[0], _cut(k, low, size), _cut(v, low, size), mask,
-                here[1], total, here[2], cap,
+                here[0],
+                _cut(k, low, size),
+                _cut(v, low, size),
+                mask,
+                here[1],
+                total,
+                here[2],
+                cap,
             )
             return dq, [
                 jax.lax.dynamic_update_slice_in_dim(

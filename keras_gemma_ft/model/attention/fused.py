@@ -168,4 +168,3 @@ def _wrong(heads, groups, size, dtype, cap, kernel=None):
         if not apart <= _TOLERANCE[dtype]:
             return f"tokamax's {name} is {apart:.2g} of its size away"
     return ""
-

@@ -89,9 +89,7 @@ def per_block(spec, cfg, compile, counter):
     """Launches of a block by `counter`."""
     if counter is scheduled:
         return counter(step(spec, cfg, compile, 1))
-    four, two = (
-        counter(step(spec, cfg, compile, layers)) for layers in (4, 2)
-    )
+    four, two = (counter(step(spec, cfg, compile, layers)) for layers in (4, 2))
     return (four - two) / 2
 
 
