@@ -60,7 +60,7 @@ def arrays(prepared):
 def assert_same(one, other):
     """Everything but how it came about, to the bit and the type."""
     mine, theirs = arrays(one), arrays(other)
-    assert mine.keys() == theirs.keys() and len(mine) == 13
+    assert mine.keys() == theirs.keys() and len(mine) == 14
     for name, array in mine.items():
         assert array.dtype == theirs[name].dtype, name
         np.testing.assert_array_equal(array, theirs[name], err_msg=name)

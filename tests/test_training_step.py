@@ -212,8 +212,8 @@ def batch_loss(model, rows, step):
         losses = torch.nn.functional.cross_entropy(
             logits, token_ids[1:], reduction="none"
         )
-        total = total + losses[torch.tensor(learn[1:])].sum()
-        count += int(learn[1:].sum())
+        total = total + (losses * torch.tensor(learn[1:])).sum()
+        count += float(learn[1:].sum())
     return total / count
 
 

@@ -1,5 +1,6 @@
 """One split of the data -> its tokenised examples, its prompts, its counts."""
 
+import collections
 import dataclasses
 import re
 import sys
@@ -10,6 +11,8 @@ import numpy as np
 from keras_gemma_ft.config import UserError
 from keras_gemma_ft.data import layouts, sources, templates, tokens
 from keras_gemma_ft.data.prepared import Prompt
+from keras_gemma_ft.data.segments import CONTROL
+from keras_gemma_ft.data.values import BadRecord, NeedsChoice
 
 # Records rendered and tokenised at once: enough to keep every core busy.
 CHUNK = 1024
@@ -51,18 +54,18 @@ def build(found, data, tokenizer, split, seed):
             or nothing is left to learn.
     """
     everything, source, numbers = _read(found, data, split, seed)
-    layout = layouts.recognise(
-        everything,
-        format=data.format,
-        prompt_field=data.prompt_field,
-        response_field=data.response_field,
-    )
+    layout = _layout(everything, data, source)
     template = templates.load(data.template)
+    _stop_if_passed_over(everything, numbers, layout, template, source)
     counts, bad = tokens.Report(), list(source.bad)
     built = Built([], [], [], {"split": split, "format": str(layout)})
-    rendered = _render(everything, numbers, layout, template, source, bad)
-    whole = layout.format == "text"
+    built.report["layout"] = {"format": layout.format, "fields": layout.fields}
+    told = collections.Counter()
+    rendered = _render(everything, numbers, layout, template, source, bad, told)
+    # Rows of text are windows of it; of a conversation the end is cut off.
+    whole = layout.format == "text" and layout.learn == "all"
     for number, segments, example in _encode(rendered, tokenizer, len(numbers)):
+        _count(segments, counts)
         kept = tokens.cut(example, data.sequence_length, counts, windows=whole)
         built.examples.extend(kept)
         built.records.extend([number] * len(kept))
@@ -77,6 +80,7 @@ def build(found, data, tokenizer, split, seed):
             f"{'; '.join(reasons) or 'all were skipped'}. Read as {layout}, "
             f"--data.sequence_length={data.sequence_length}."
         )
+    counts.turns = {what: n for what, n in told.items() if n}
     built.report.update(
         sources=list(source.files), skipped=bad, **dataclasses.asdict(counts)
     )
@@ -118,12 +122,77 @@ def _read(found, data, split, seed):
     return records, report, np.sort(numbers)
 
 
-def _render(records, numbers, layout, template, source, bad):
+def _layout(records, data, source):
+    """`layouts.recognise`, and of a CSV the flag that names its columns."""
+    try:
+        return layouts.recognise(records, data)
+    except UserError as error:
+        name = source.files[0]["name"]
+        if data.columns or not re.search(r"\.[ct]sv(\.\w+)?$", name):
+            raise
+        count = max(2, len(records[0]))
+        known = ["prompt", "response", *map("column_{}".format, range(3, 99))]
+        raise UserError(
+            f"{error}\nHas {name} no header line? Then name its {count} "
+            f"columns: --data.columns={','.join(known[:count])}"
+        ) from None
+
+
+def _stop_if_passed_over(records, numbers, layout, template, source):
+    """Refuses fields that say what a record is worth and that nothing reads.
+
+    Raises:
+        UserError: all such fields, how many records have each, the first one.
+    """
+    also = templates.read_by(template)
+    found = {}
+    for number in numbers.tolist():
+        told = layouts.passed_over(records[number], layout, also)
+        for field, value in told.items():
+            first, count = found.get(field, ((number, value), 0))
+            found[field] = first, count + 1
+    if not found:
+        return
+    lines = [
+        f"  {field}: {count} of {len(numbers)} records, first "
+        f"{source.place(number)}: {str(value)[:60]!r}"
+        for field, ((number, value), count) in found.items()
+    ]
+    names = ",".join(found)
+    first = next(iter(found))
+    raise UserError(
+        "These fields can change what a record means, and nothing reads them "
+        f"({layout}):\n" + "\n".join(lines) + "\n"
+        "A label or a score may say that an answer is a bad one, and tools or "
+        "images are a part of what was asked. To learn the records as if the "
+        f"fields were not there: --data.ignore={names}\n"
+        f"To learn such a field as the answer: --data.response_field={first} "
+        "(with --data.prompt_field=...). To count records differently, name "
+        "the field weight (0 is not learned). Else leave the records out."
+    )
+
+
+def _count(segments, counts):
+    """Adds what one record's segments tell to a `tokens.Report`."""
+    counts.typed += any(
+        CONTROL.search(segment.text)
+        for segment in segments
+        if not segment.control
+    )
+    counts.weighted += any(segment.learn not in (0, 1) for segment in segments)
+
+
+def _render(records, numbers, layout, template, source, bad, told):
     """Yields `(record number, segments)`; offenders go to `bad`."""
     for number in numbers.tolist():
         try:
-            yield number, templates.render(records[number], layout, template)
-        except layouts.BadRecord as error:
+            yield (
+                number,
+                templates.render(records[number], layout, template, told),
+            )
+        except NeedsChoice as error:
+            raise UserError(f"{source.place(number)}: {error}") from None
+        except BadRecord as error:
             bad.append(f"{source.place(number)}: {error}")
 
 

@@ -1,34 +1,28 @@
 """Chat templates in Jinja, as Hugging Face tokenizers have them, in a sandbox.
 
-The learned parts are found by rendering every prefix of the conversation.
+The learned parts are what stands in the template's own `{% generation %}`
+blocks or, without any, what each assistant's message adds to the prompt that
+comes before it.
 """
 
+import datetime
+import json
 import pathlib
 
 from keras_gemma_ft.config import UserError
-from keras_gemma_ft.data import layouts
+from keras_gemma_ft.data import segments
 from keras_gemma_ft.data.segments import BOS, CONTROL, EOS, Segment
+from keras_gemma_ft.data.values import BadRecord
 
 
 def load(path):
     """Compiles the file `path`; UserError if it is missing or broken."""
     # Only this kind of template needs jinja2.
     import jinja2
-    import jinja2.sandbox
 
-    def raise_exception(message):
-        raise layouts.BadRecord(f"the template refuses: {message}")
-
-    # Templates come from strangers; the sandbox keeps them from Python.
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=["jinja2.ext.loopcontrols"],
-    )
-    environment.globals["raise_exception"] = raise_exception
     try:
         source = pathlib.Path(path).read_text(encoding="utf-8")
-        return environment.from_string(source)
+        return _environment().from_string(source)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.template={path}: {error}") from error
     except jinja2.TemplateSyntaxError as error:
@@ -37,29 +31,112 @@ def load(path):
         ) from error
 
 
+def _environment():
+    """What a template may use: the names that Hugging Face's have."""
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}`: marks what is in it, if marks are set."""
+
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            self.environment.generates = True
+            body = parser.parse_statements(["name:endgeneration"], True)
+            call = self.call_method("mark")
+            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+        def mark(self, caller):
+            first, last = self.environment.marks
+            return f"{first}{caller()}{last}"
+
+    # Templates come from strangers; the sandbox keeps them from Python.
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", Generation],
+    )
+    environment.extend(marks=("", ""), generates=False)
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = _now
+    # Jinja's own filter escapes HTML's characters.
+    environment.filters["tojson"] = _to_json
+    return environment
+
+
+def _refuse(message):
+    raise BadRecord(f"the template refuses: {message}")
+
+
+def _now(form):
+    return datetime.datetime.now().strftime(form)
+
+
+def _to_json(value, ensure_ascii=False, **options):
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
 def prompt(found, source):
     """The turns `found` and the template's generation prompt, as segments."""
     guard = _Guard(found)
     text = guard.render(source, found, ask=True)
-    return _with_bos(guard.segments(text, False))
+    return _with_bos(guard.segments(text, 0.0))
 
 
 def render(found, source):
-    """Learns what each assistant's message adds to the prompt before it.
+    """One conversation -> its segments.
 
     Args:
-        found: list of `layouts.Turn`.
+        found: list of `turns.Turn`.
         source: what `load` returned.
 
     Returns:
         List of `Segment`, `<bos>` first.
 
     Raises:
-        UserError: the template does more than append, so that nobody can tell
-            which part is learned.
+        BadRecord: the template refuses the conversation.
+        UserError: nobody can tell which part is learned.
     """
+    if source.environment.generates:
+        return _with_bos(_marked(found, source))
+    return _with_bos(_appended(found, source))
+
+
+def _marked(found, source):
+    """Learns what stands in the template's generation blocks."""
     guard = _Guard(found)
-    segments, done = [], ""
+    answers = [turn for turn in found if turn.role == "model"]
+    first, last = guard.marks
+    source.environment.marks = guard.marks
+    try:
+        text = guard.render(source, found, ask=False)
+    finally:
+        source.environment.marks = ("", "")
+    blocks = text.count(first)
+    if blocks != len(answers):
+        raise UserError(
+            f"data.template: it has {blocks} {{% generation %}} blocks for "
+            f"{len(answers)} messages of the assistant, expected one for each."
+        )
+    before, *rest = text.split(first)
+    found = guard.segments(before, 0.0)
+    for turn, part in zip(answers, rest):
+        answer, _, after = part.partition(last)
+        found += guard.segments(answer, _weight(turn))
+        found += guard.segments(after, 0.0)
+    return found
+
+
+def _weight(turn):
+    return turn.learn if turn.text.strip() else 0.0
+
+
+def _appended(found, source):
+    """Learns what each assistant's message adds to the prompt before it."""
+    guard = _Guard(found)
+    told, done = [], ""
     for i, turn in enumerate(found):
         if turn.role != "model":
             continue
@@ -71,23 +148,24 @@ def render(found, source):
                 f"{i + 1} messages does not begin with what it writes for the "
                 f"first {i} and the generation prompt, so nobody can tell "
                 "which part is learned. It must only ever append, and honour "
-                f"add_generation_prompt. Prompt: {before[-80:]!r}, "
+                f"add_generation_prompt, or mark the answers with "
+                f"{{% generation %}}. Prompt: {before[-80:]!r}, "
                 f"whole: {after[len(done) :][:160]!r}"
             )
         answer = after[len(before) :]
         # White space after the end of a turn is nobody's choice.
         body = answer.rstrip() if CONTROL.search(answer) else answer
-        segments += guard.segments(before[len(done) :], False)
-        segments += guard.segments(body, bool(turn.text.strip()))
-        segments += guard.segments(answer[len(body) :], False)
+        told += guard.segments(before[len(done) :], 0.0)
+        told += guard.segments(body, _weight(turn))
+        told += guard.segments(answer[len(body) :], 0.0)
         done = after
-    return _with_bos(segments)
+    return told
 
 
-def _with_bos(segments):
-    if segments and segments[0] == Segment(BOS, control=True):
-        return segments
-    return [Segment(BOS, control=True), *segments]
+def _with_bos(told):
+    if told and told[0] == Segment(BOS, control=True):
+        return told
+    return [Segment(BOS, control=True), *told]
 
 
 class _Guard:
@@ -100,7 +178,9 @@ class _Guard:
     def __init__(self, found):
         text = "".join(turn.text for turn in found)
         codes = map(chr, range(0xE000, 0xF8FF))
-        self.mark = next(code for code in codes if code not in text)
+        free = (code for code in codes if code not in text)
+        self.mark, *marks = next(free), next(free), next(free)
+        self.marks = tuple(marks)
 
     def render(self, source, found, *, ask):
         chat = [
@@ -108,7 +188,7 @@ class _Guard:
                 "role": "assistant" if role == "model" else role,
                 "content": CONTROL.sub(self._hide, text),
             }
-            for role, text in found
+            for role, text, _ in found
         ]
         try:
             return source.render(
@@ -117,8 +197,13 @@ class _Guard:
                 bos_token=BOS,
                 eos_token=EOS,
             )
-        except layouts.BadRecord:
-            raise
+        except BadRecord as error:
+            if all(turn.role != "system" for turn in found):
+                raise
+            raise BadRecord(
+                f"{error} (--data.template=gemma puts a system text before "
+                "the user's)"
+            ) from None
         except Exception as error:  # The template is the user's own program.
             raise UserError(
                 f"data.template: {type(error).__name__}: {error}"
@@ -128,14 +213,7 @@ class _Guard:
         return match[0][0] + self.mark + match[0][1:]
 
     def segments(self, text, learn):
-        found, start = [], 0
-        for match in CONTROL.finditer(text):
-            found.append(Segment(text[start : match.start()], learn))
-            found.append(Segment(match[0], learn, control=True))
-            start = match.end()
-        found.append(Segment(text[start:], learn))
         return [
             segment._replace(text=segment.text.replace(self.mark, ""))
-            for segment in found
-            if segment.text
+            for segment in segments.split(text, learn)
         ]

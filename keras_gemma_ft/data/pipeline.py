@@ -10,9 +10,10 @@ A batch is Keras's `(x, y, sample_weight)`, for every objective:
 
 B rows of T tokens: `sequence_length` where rows are packed, else the shortest
 of a few lengths (`buckets`) that holds the micro-batch, over all hosts.
-Normalisation is decided here: an optimizer step of k micro-batches holds N
-learned tokens over all hosts, and its weights are k / N, so that the mean over
-its micro-batches of sum(loss * sample_weight) is the mean over its learned
+Normalisation is decided here: where the weights of an optimizer step of k
+micro-batches sum to N over all hosts (its learned tokens, each of weight 1 but
+where records say otherwise), they are multiplied by k / N. So the mean over its
+micro-batches of sum(loss * sample_weight) is the weighted mean over its learned
 tokens. A step that learns nothing has weight 0 throughout.
 """
 
@@ -56,7 +57,7 @@ def prepare(data, tokenizer, split, seed):
     spec = examples.spec(data, split)
     if spec is None:
         return None
-    found = sources.find(spec)
+    found = sources.find(spec, data)
     root = cache.folder(data.cache)
     arrays, facts, origin = cache.through(
         root and root / cache.key(found, data, tokenizer, split, seed),
@@ -84,7 +85,8 @@ def _make(found, data, tokenizer, split, seed):
     learn = np.concatenate([e.learn for e in built.examples])
     # The first token of an example is no target, and learned by none.
     lengths = np.diff(ids.starts) - 1
-    learned = np.add.reduceat(learn, ids.starts[:-1], dtype="int64")
+    learned = np.add.reduceat(learn > 0, ids.starts[:-1], dtype="int64")
+    weights = np.add.reduceat(learn, ids.starts[:-1], dtype="float64")
     rows = [[e] for e in range(len(lengths))]
     if data.pack:
         rows = packing.pack(lengths, data.sequence_length, seed)
@@ -106,6 +108,7 @@ def _make(found, data, tokenizer, split, seed):
         "row_starts": rows.starts,
         "lengths": np.add.reduceat(lengths[rows.flat], rows.starts[:-1]),
         "learned": np.add.reduceat(learned[rows.flat], rows.starts[:-1]),
+        "weights": np.add.reduceat(weights[rows.flat], rows.starts[:-1]),
         "prompt_ids": prompts.flat,
         "prompt_starts": prompts.starts,
         "answers": answers.flat,
@@ -220,7 +223,7 @@ def train_batches(
             micro_batch_size=micro_batch_size,
             seed=seed,
         )
-        scale = np.float32(parts / max(prepared.learned[rows].sum(), 1))
+        scale = _scale(parts, prepared.weights[rows].sum())
         rows = rows[part * size : (part + 1) * size]
         x, y, weight = _share(prepared, rows, shard)
         return x, y, weight * scale
@@ -242,7 +245,7 @@ def eval_batches(prepared, *, batch_size, shard=(0, 1)):
     rows = np.full(parts * size, -1)
     groups = np.searchsorted(prepared.buckets, prepared.lengths)
     rows[:count] = np.argsort(groups, kind="stable")
-    scale = np.float32(parts / max(prepared.learned.sum(), 1))
+    scale = _scale(parts, prepared.weights.sum())
 
     def batch(i):
         chosen = rows[i * size : (i + 1) * size]
@@ -250,6 +253,11 @@ def eval_batches(prepared, *, batch_size, shard=(0, 1)):
         return x, y, weight * scale
 
     return _dataset(0, parts, batch)
+
+
+def _scale(parts, total):
+    """What weights that sum to `total` are multiplied by; 0 stays 0."""
+    return np.float32(parts / total if total else 0.0)
 
 
 def _share(prepared, rows, shard):
@@ -267,42 +275,3 @@ def _dataset(first, last, make):
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
     batches = grain.MapDataset.range(first, last).map(make)
     return batches.to_iter_dataset(options)
-
-
-def proof(batch, tokenizer, *, marks=("⟦", "⟧")):
-    """What the model is taught: the first example of a batch, in words.
-
-    Args:
-        batch: `(x, y, sample_weight)`.
-        tokenizer: `tokens.Tokenizer`.
-        marks: what stands before and after each learned part.
-
-    Returns:
-        Text of several lines.
-    """
-    x, y, weight = batch
-    here = x["segment_ids"][0] == 1
-    ids = [x["token_ids"][0][here][0], *y[0][here]]
-    learned = [False, *(weight[0][here] > 0)]
-    text, start = "", 0
-    for i in range(1, len(ids) + 1):
-        if i == len(ids) or learned[i] != learned[start]:
-            run = tokenizer.decode(ids[start:i], skip_control=False)
-            text += f"{marks[0]}{run}{marks[1]}" if learned[start] else run
-            start = i
-    ends = [w for i, w in zip(ids, learned) if i in _ends(tokenizer)]
-    used = x["segment_ids"] > 0
-    return (
-        f"{text}\n"
-        f"<bos> in it: {ids.count(tokenizer.bos)}; "
-        f"ends of turn: {len(ends)}, learned: {sum(ends)}; "
-        f"batch: {(weight > 0).sum() / max(used.sum(), 1):.1%} of the tokens "
-        f"learned, {1 - used.mean():.1%} padding"
-    )
-
-
-def _ends(tokenizer):
-    try:
-        return tokenizer.end_of_turn, tokenizer.eos
-    except UserError:
-        return (tokenizer.eos,)

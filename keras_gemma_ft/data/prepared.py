@@ -88,7 +88,7 @@ class Prepared:
 
     Attributes:
         token_ids: int32 [N], the examples one after another.
-        learn: bool [N], which of them are targets.
+        learn: float32 [N], how much each counts as a target; 0: not at all.
         starts: int64 [E + 1], where each example begins.
         records: int64 [E], the record each example is of, counted from 0 over
             all records read.
@@ -96,6 +96,7 @@ class Prepared:
         row_starts: int64 [R + 1], where each row begins in `members`.
         lengths: int64 [R], tokens of each row.
         learned: int64 [R], learned tokens of each row.
+        weights: float64 [R], the sum of their weights.
         prompt_ids, prompt_starts: int32 and int64 [P + 1], see `prompts`.
         answers, answer_starts: uint8 and int64 [P + 1], see `prompts`.
         buckets: int64 [K], increasing: the lengths that batches may have.
@@ -112,6 +113,7 @@ class Prepared:
     row_starts: np.ndarray
     lengths: np.ndarray
     learned: np.ndarray
+    weights: np.ndarray
     prompt_ids: np.ndarray
     prompt_starts: np.ndarray
     answers: np.ndarray
@@ -145,7 +147,7 @@ class Prepared:
         return int(self.buckets[np.searchsorted(self.buckets, longest)])
 
     def batch(self, rows, width=None):
-        """Row numbers -> `(x, y, weight)`, weight float32 0 or 1.
+        """Row numbers -> `(x, y, weight)`, weight float32, mostly 0 or 1.
 
         Args:
             rows: int [B] row numbers; -1 is an empty row.

@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 PAD, EOS, BOS = "<pad>", "<eos>", "<bos>"
-END = "<end_of_turn>"
+START, END = "<start_of_turn>", "<end_of_turn>"
 # Pieces of Gemma's vocabularies that are no text. The newlines, runs of spaces
 # and HTML tags beside them in the vocabulary are text.
 CONTROL = re.compile(
@@ -21,10 +21,21 @@ class Segment(NamedTuple):
 
     Attributes:
         text: the text or the token's name.
-        learn: whether its tokens are targets.
+        learn: how much its tokens count as targets; 0 is not at all.
         control: whether it is one control token.
     """
 
     text: str
-    learn: bool = False
+    learn: float = 0.0
     control: bool = False
+
+
+def split(text, learn=0.0):
+    """A text that may name control tokens -> its segments."""
+    found, start = [], 0
+    for match in CONTROL.finditer(text):
+        found.append(Segment(text[start : match.start()], learn))
+        found.append(Segment(match[0], learn, control=True))
+        start = match.end()
+    found.append(Segment(text[start:], learn))
+    return [segment for segment in found if segment.text]

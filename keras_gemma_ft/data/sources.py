@@ -13,8 +13,8 @@ import pathlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from keras_gemma_ft.config import UserError
-from keras_gemma_ft.data.readers import READERS, flaw
+from keras_gemma_ft.config import Data, UserError
+from keras_gemma_ft.data.readers import BROKEN, OPENERS, READERS, flaw, kind
 
 SHOWN = 5
 EMBEDDED = pathlib.Path(__file__).parents[1] / "embedded"
@@ -176,9 +176,14 @@ def _missing(path):
     return f"{path} does not exist.{hint}"
 
 
-def find(spec):
-    """The list of `Source` that `spec` names; raises as `read` does."""
-    return [_open(name) for name in names(spec)]
+def find(spec, data=Data()):
+    """The list of `Source` that `spec` names; raises as `read` does.
+
+    Args:
+        spec: as of `read`.
+        data: `config.Data`; says how a CSV is written.
+    """
+    return [_open(name, data) for name in names(spec)]
 
 
 def fingerprint(path):
@@ -188,16 +193,18 @@ def fingerprint(path):
         return {"bytes": file.tell(), "sha256": digest}
 
 
-def _open(name):
+def _open(name, data):
     """`Source` of one name."""
     if name.startswith("hf://"):
         return _hub(name)
     path = DEMO.get(name, name)
-    extension = pathlib.Path(path).suffix.lower()
-    if extension not in READERS:
+    extension, compressed = kind(path)
+    if extension not in READERS or (compressed and extension == ".parquet"):
         raise UserError(
-            f"{name}: unknown extension {extension!r}. "
-            f"Known: {' '.join(READERS)}."
+            f"{name}: unknown extension "
+            f"{''.join(pathlib.Path(path).suffixes[-2:])!r}. "
+            f"Known: {' '.join(READERS)}, and all but Parquet compressed: "
+            f"{' '.join(OPENERS)}, as in .jsonl.gz."
         )
     unit, reader = READERS[extension]
     try:
@@ -211,7 +218,17 @@ def _open(name):
             f"{name} is UTF-16, expected UTF-8. Type: "
             f"iconv -f UTF-16 -t UTF-8 {name} > new{extension}"
         )
-    return Source(name, path, unit, reader(path), mark)
+    return Source(name, path, unit, _whole(name, reader(path, data)), mark)
+
+
+def _whole(name, rows):
+    """The same rows; says what is wrong where the file cannot be read on."""
+    try:
+        yield from rows
+    except (OSError, *BROKEN) as error:
+        raise UserError(
+            f"{name} cannot be read to its end: {error}. Is it complete?"
+        ) from error
 
 
 def _hub(name):

@@ -13,7 +13,7 @@ import numpy as np
 from keras_gemma_ft.config import UserError
 from keras_gemma_ft.data.segments import BOS, CONTROL, END, EOS, PAD
 
-EMPTY = "no answer, or an empty one"
+EMPTY = "no answer, an empty one, or one of weight 0"
 TOO_LONG = "its answer begins after sequence_length"
 
 
@@ -85,6 +85,10 @@ class Tokenizer:
                 run.append(i)
         return "".join([*parts, self._model.decode(run)])
 
+    def is_control(self, id):
+        """Whether an id is a control token, which no text becomes."""
+        return self._model.is_control(int(id))
+
     def id(self, piece):
         """The id of a piece by name, such as `<end_of_turn>`.
 
@@ -129,7 +133,8 @@ class Example(NamedTuple):
 
     Attributes:
         token_ids: int32 [n], `<bos>` first.
-        learn: bool [n], which ids are targets; never the first.
+        learn: float32 [n], how much each id counts as a target; 0 is not at
+            all, and the first never does.
         answer: index of the first token of the last learned run; 0 if none.
     """
 
@@ -143,7 +148,9 @@ class Report:
     """What became of the records.
 
     `tokens` counts the places that examples fill in rows (n - 1 each),
-    `learned_tokens` those with a target to learn.
+    `learned_tokens` those with a target to learn, `typed` the records in which
+    the name of a control token stands as text, `weighted` those of another
+    weight than 1; `turns` says what became of turns that are not learned.
     """
 
     records: int = 0
@@ -152,6 +159,9 @@ class Report:
     truncated: int = 0
     tokens: int = 0
     learned_tokens: int = 0
+    typed: int = 0
+    weighted: int = 0
+    turns: dict = dataclasses.field(default_factory=dict)
     dropped: dict = dataclasses.field(default_factory=dict)
 
 
@@ -187,7 +197,9 @@ def _join(segments, ids, tokenizer):
         before = learned
         token_ids += piece
         learn += [learned] * len(piece)
-    return Example(np.array(token_ids, "int32"), np.array(learn, bool), answer)
+    return Example(
+        np.array(token_ids, "int32"), np.array(learn, "float32"), answer
+    )
 
 
 def cut(example, sequence_length, report, *, windows=False):
@@ -220,7 +232,9 @@ def cut(example, sequence_length, report, *, windows=False):
     report.kept += 1
     report.examples += len(kept)
     report.tokens += sum(len(e.token_ids) - 1 for e in kept)
-    report.learned_tokens += sum(int(e.learn[1:].sum()) for e in kept)
+    report.learned_tokens += sum(
+        int(np.count_nonzero(e.learn[1:])) for e in kept
+    )
     return kept
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from keras_gemma_ft import config, runtime
-from keras_gemma_ft.data import pipeline, prepared
+from keras_gemma_ft.data import pipeline, prepared, proof
 from keras_gemma_ft.model import sharding
 
 
@@ -72,7 +72,7 @@ class Job:
         """Shows what of the first batch is learned."""
         batch = next(iter(self.batches(0, 1)))
         runtime.say("the first batch, learned tokens in ⟦ ⟧:")
-        runtime.say(pipeline.proof(batch, self.tokenizer))
+        runtime.say(proof.proof(batch, self.tokenizer))
 
     def token_counter(self):
         """Function of a step: (row tokens, learned tokens) before it."""
@@ -95,12 +95,20 @@ def _sentence(part):
     """One line about a prepared split."""
     report, origin = part.report, part.origin
     dropped = ", ".join(f"{n} x {why}" for why, n in report["dropped"].items())
+    notes = [f"{n} {what}" for what, n in report["turns"].items()]
+    if report["weighted"]:
+        notes.append(f"{report['weighted']} records of another weight than 1")
+    if report["typed"]:
+        notes.append(
+            f"{report['typed']} records spell a control token, which stays text"
+        )
     return (
         f"{report['records']} records ({report['format']}), "
         f"{report['tokens']:,} tokens, {report['learned_tokens']:,} learned, "
         f"{report['rows']} rows of {', '.join(map(str, part.buckets))} places, "
         f"{report['padding']:.1%} padding, "
         f"{report['truncated']} truncated, dropped: {dropped or 'none'}; "
+        f"{''.join(f'{note}; ' for note in notes)}"
         f"{'from the cache' if origin.cached else 'prepared'} "
         f"in {origin.seconds:.2f} s"
     )
