@@ -21,6 +21,10 @@ TAKES = {
     "train.warmup": "11",
     "lora.targets": "attention",
     "hosts.local": "3",
+    "mesh": "2x4",
+    "data.roles": "bard=assistant, me=user",
+    "data.delimiter": ";",
+    "train.trackers": "wandb,tensorboard",
 }
 
 

@@ -197,7 +197,7 @@ def resolve(preset):
     ]
     raise config.UserError(
         f"--preset={preset}: no such preset or folder."
-        f"{config.did_you_mean(preset, known)} Known: {', '.join(known)}; or "
+        f"{config.preset_hint(preset, known)} Known: {', '.join(known)}; or "
         f"a folder, hf://owner/name, kaggle://owner/model/keras/variant."
     )
 
