@@ -7,6 +7,7 @@ what came, what was expected, what to type.
 import json
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -47,7 +48,7 @@ def call(monkeypatch, capfd):
     this one, whose keras is imported."""
     monkeypatch.setattr(runtime, "start", lambda cfg: BACKEND)
     # `main` takes SIGTERM over, which here is pytest's.
-    monkeypatch.setattr(runtime.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
 
     def run(words, *argv, verb=train.train):
         argv = [f"--{k}={v}" for item in argv for k, v in item.items()]
@@ -104,7 +105,8 @@ def test_a_backend_that_is_not_installed(tmp_path):
     code = (
         "import sys\n"
         "from keras_gemma_ft import runtime, train\n"
-        "runtime._found = lambda name: name == 'jax'\n"
+        "from keras_gemma_ft.runtime import packages\n"
+        "packages.installed = lambda name: name == 'jax'\n"
         "sys.argv = ['train', '--backend=torch']\n"
         "runtime.main(train.train, 'Doc.')\n"
     )
