@@ -69,6 +69,10 @@ class Config:
     model: Model = dataclasses.field(default_factory=Model)
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
     generate: Generate = dataclasses.field(default_factory=Generate)
+    # No setting: the paths that the user has set, where it is known; `typed`.
+    given: frozenset | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
 
 
 # (What cannot be, given a Config; what is said of it, with its values.)
