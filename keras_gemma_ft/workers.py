@@ -221,12 +221,26 @@ def _commands(cfg, count, module):
                 "hosts.local": "1",
             },
         )
-        flags = [f"--{k}={v}" for k, v in config.flatten(own).items()]
+        flags = [f"--{k}={v}" for k, v in _said(own).items()]
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         environment[_STARTED] = "1"
         if names:
             environment["CUDA_VISIBLE_DEVICES"] = names[local]
         yield [sys.executable, "-m", module, *flags], environment
+
+
+def _said(cfg):
+    """{path: value} of what a started process is told.
+
+    What the user has not typed of LoRA is left to the adapter that a run goes
+    on from: typed flags must agree with it.
+    """
+    return {
+        path: value
+        for path, value in config.flatten(cfg).items()
+        if path in config.typed(cfg)
+        or not (cfg.adapter and path.startswith("lora."))
+    }
 
 
 def _free_port():

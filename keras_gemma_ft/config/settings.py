@@ -61,7 +61,9 @@ class Config:
         False, "plan: try meshes, remat, batches and lengths"
     )
     adapter: str = setting(
-        "", "adapter to load: a run folder, a PEFT folder or a .lora.h5 file"
+        "",
+        "adapter to load, or for train to go on from: a run folder, a PEFT "
+        "folder or a .lora.h5 file",
     )
     data: Data = dataclasses.field(default_factory=Data)
     lora: Lora = dataclasses.field(default_factory=Lora)

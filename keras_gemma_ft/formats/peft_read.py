@@ -259,6 +259,7 @@ def _foreign(folder, config, pairs, backbone):
         targets=low_rank.ordered(target for _, target in pairs),
         weights=weights,
         base=str(config.get("base_model_name_or_path") or ""),
+        folded=fold,
     )
 
 

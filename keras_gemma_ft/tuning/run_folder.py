@@ -7,6 +7,7 @@ process 0 reads and writes it for all; the others need not see its disk.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import pathlib
 import shutil
@@ -20,6 +21,8 @@ _FREE = {
     "run_dir",
     "resume",
     "backend",
+    # Its content counts, not where it lies.
+    "adapter",
     "mesh",
     "model.remat",
     "model.scan",
@@ -35,6 +38,8 @@ _FREE = {
     "train.time_budget",
     "train.keep_checkpoints",
 }
+# Parts of config.json that must be equal for a run to go on.
+_COMPARED = ("settings", "preset", "tokenizer", "data", "adapter", "template")
 _OWN = (
     "checkpoints",
     "adapter",
@@ -256,10 +261,12 @@ class RunFolder:
 
 def _differences(old, new):
     """Lines that say how two descriptions of a run differ."""
-    for section in ("settings", "preset", "tokenizer", "data"):
+    for section in _COMPARED:
         before, after = old.get(section), new.get(section)
         if section != "settings":
-            if before != after:
+            if None in (before, after) and before != after:
+                yield f"  {section}: only {'now' if before is None else 'there'}"
+            elif before != after:
                 yield f"  {section}: its content has changed"
             continue
         for path in sorted({*before, *after} - _FREE):
@@ -270,13 +277,27 @@ def _differences(old, new):
                 )
 
 
-def describe(cfg, backend, loaded, data):
-    """What config.json holds: settings, versions and fingerprints."""
-    return {
+def describe(cfg, backend, loaded, job, parent=None):
+    """What config.json holds: settings, versions and fingerprints.
+
+    Args:
+        cfg: `config.Config`.
+        backend: Keras's name.
+        loaded: `presets.Loaded`.
+        job: `job.Job`.
+        parent: sha256 of the adapter that the run goes on from, or None.
+    """
+    found = {
         "settings": config.flatten(cfg),
         "backend": backend,
         "versions": runtime.versions(),
         "preset": loaded.fingerprint,
         "tokenizer": loaded.tokenizer.fingerprint,
-        "data": data,
+        "data": job.fingerprints(),
     }
+    if parent:
+        found["adapter"] = parent
+    if job.usage.jinja:
+        source = job.usage.jinja.encode()
+        found["template"] = hashlib.sha256(source).hexdigest()
+    return found

@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import examples, pipeline, sources
-from keras_gemma_ft.inference import evaluation
+from keras_gemma_ft.inference import evaluation, taught
 from keras_gemma_ft.model import (
     compiled,
     forward,
@@ -32,6 +32,7 @@ from keras_gemma_ft.tuning import (
     finite,
     objectives,
     optimizer,
+    parent,
     results,
     run_folder,
 )
@@ -174,15 +175,22 @@ class FineTuner(keras.Model):
         return hosts.total(float(logs["loss"]))
 
 
-def build(cfg, loaded, *, steps, warmup, start=None):
+def build(cfg, loaded, *, steps, warmup, start=None, adapter=None):
     """Adapters, optimizer and `FineTuner` for `cfg`, compiled.
 
-    `start` is the file that keeps where the adapters started, if they start
-    from the kernels.
+    Args:
+        cfg: `config.Config`.
+        loaded: `presets.Loaded`.
+        steps, warmup: optimizer steps of the schedule.
+        start: the file that keeps where the adapters started, if they start
+            from the kernels.
+        adapter: `formats.adapters.Adapter` whose values they start with.
     """
     backbone = loaded.causal_lm.backbone
     if cfg.lora.rank:
         lora.enable(backbone, cfg.lora, seed=cfg.seed)
+        if adapter:
+            lora.write(backbone, adapter)
         lora_init.apply(backbone, cfg.model.quantize, seed=cfg.seed, kept=start)
     # Of a model that `presets.open` has not loaded, such as the planner's.
     quantize.apply(
@@ -275,9 +283,12 @@ def run(cfg, backend):
     with folder.locked():
         with hosts.agreed():
             loaded = presets.open(cfg, full=not cfg.lora.rank)
-            job = Job.prepare(cfg, loaded)
+            taught.say_doubt(cfg, loaded)
+            own = loaded.causal_lm.backbone.get_config()
+            goes_on = parent.read(cfg, own)
+            job = Job.prepare(cfg, loaded, goes_on.chain if goes_on else ())
         description = run_folder.describe(
-            cfg, backend, loaded, job.fingerprints()
+            cfg, backend, loaded, job, goes_on and goes_on.sha256
         )
         resumed = folder.open(description, resume=cfg.resume)
         summary = folder.read("summary.json")
@@ -291,6 +302,7 @@ def run(cfg, backend):
             steps=job.steps,
             warmup=job.warmup,
             start=folder.path / "start.safetensors",
+            adapter=goes_on and goes_on.adapter,
         )
         runtime.say(
             f"training {tuner.trainable_count():,} parameters "
