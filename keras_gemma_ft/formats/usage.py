@@ -145,7 +145,9 @@ def read(folder):
     file = folder / FILE
     told = read_json(file)
     try:
-        given = told["settings"]
+        given = told.get("settings")
+        if type(given) is not dict:
+            raise TypeError("it has no settings")
         # What a later version has added is passed over.
         settings = {path: given[path] for path in TRAVELS if path in given}
         config.check(config.replace(config.Config(), settings))
