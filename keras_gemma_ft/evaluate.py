@@ -15,7 +15,7 @@ def evaluate(cfg):
     from keras_gemma_ft.data import pipeline
     from keras_gemma_ft.inference import evaluation, taught
     from keras_gemma_ft.model import hosts, lora
-    from keras_gemma_ft.tuning import trainer
+    from keras_gemma_ft.tuning import fine_tuner
 
     workers.say_one(cfg, backend)
     hosts.start(cfg)
@@ -34,7 +34,9 @@ def evaluate(cfg):
 
     def score(what):
         # LoRA changes which variables there are: a new tuner each time.
-        tuner = trainer.FineTuner(loaded.causal_lm, chunk=cfg.train.loss_chunk)
+        tuner = fine_tuner.FineTuner(
+            loaded.causal_lm, chunk=cfg.train.loss_chunk
+        )
         tuner.compile()
         judge = evaluation.Judge(cfg, tuner, loaded.tokenizer, held_out)
         found = judge.judge(what)

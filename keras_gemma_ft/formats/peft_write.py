@@ -12,7 +12,8 @@ import numpy as np
 import safetensors.numpy
 
 from keras_gemma_ft.config import UserError
-from keras_gemma_ft.formats import low_rank, usage as travelling
+from keras_gemma_ft.formats import low_rank
+from keras_gemma_ft.formats import usage as travelling
 from keras_gemma_ft.formats.atomic import replacing
 from keras_gemma_ft.formats.model_card import model_card
 from keras_gemma_ft.formats.names import MODULES
