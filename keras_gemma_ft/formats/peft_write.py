@@ -50,9 +50,10 @@ def write_peft(folder, adapter, *, notes="", usage=None):
         ranks[module] = len(pair[0])
     config = peft_config(adapter, ranks)
     card = model_card(adapter, config, notes, usage)
-    with replacing(folder) as partial:
+    data = _serialize(tensors, adapter)
+    with replacing(folder, len(data)) as partial:
         partial.mkdir()
-        (partial / WEIGHTS).write_bytes(_serialize(tensors, adapter))
+        (partial / WEIGHTS).write_bytes(data)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (partial / _CARD).write_text(card, encoding="utf-8")
         if usage:

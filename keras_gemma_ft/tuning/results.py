@@ -7,6 +7,7 @@ import keras
 from keras_gemma_ft import runtime
 from keras_gemma_ft.formats import adapters, atomic, usage
 from keras_gemma_ft.model import hosts, lora, presets
+from keras_gemma_ft.tuning import room
 
 
 def summary(cfg, tuner, clock, backend, began):
@@ -117,7 +118,8 @@ def finish(cfg, folder, tuner, job, before, after, facts):
     else:
         hosts.fetch(tuner.backbone.variables)
         if hosts.first():
-            with atomic.replacing(folder.path / "model") as partial:
+            wanted = room.size(tuner.backbone.variables)
+            with atomic.replacing(folder.path / "model", wanted) as partial:
                 presets.save(partial, tuner.backbone, job.tokenizer)
                 usage.write(partial, job.usage)
     folder.write("summary.json", facts)

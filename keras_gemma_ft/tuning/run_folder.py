@@ -181,11 +181,7 @@ class RunFolder:
 
     def write(self, name, value):
         """`value` as the JSON file `name`, complete or absent."""
-        if not hosts.first():
-            return
-        with atomic.replacing(self.path / name) as partial:
-            text = json.dumps(value, indent=1, ensure_ascii=False)
-            partial.write_text(text + "\n", encoding="utf-8")
+        self._write(name, json.dumps(value, indent=1, ensure_ascii=False))
 
     def read(self, name):
         """The JSON file `name`; None where it is absent."""
@@ -196,18 +192,21 @@ class RunFolder:
 
     def write_lines(self, name, values):
         """`values` as the JSONL file `name`, complete or absent."""
-        if not hosts.first():
-            return
-        with atomic.replacing(self.path / name) as partial:
-            lines = [json.dumps(v, ensure_ascii=False) for v in values]
-            partial.write_text("".join(f"{x}\n" for x in lines), "utf-8")
+        lines = [json.dumps(v, ensure_ascii=False) for v in values]
+        self._write(name, "\n".join(lines))
+
+    def _write(self, name, text):
+        data = f"{text}\n".encode() if text else b""
+        if hosts.first():
+            with atomic.replacing(self.path / name, len(data)) as partial:
+                partial.write_bytes(data)
 
     def append(self, line):
         """One line of metrics.jsonl."""
         if not hosts.first():
             return
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        data = f"{json.dumps(line)}\n".encode()
+        atomic.append(self.path / "metrics.jsonl", data)
 
     def metrics(self):
         """The lines of metrics.jsonl; a torn last line is left out."""

@@ -28,6 +28,7 @@ from keras_gemma_ft.tuning import (
     optimizer,
     parent,
     results,
+    room,
     run_folder,
 )
 from keras_gemma_ft.tuning.job import Job
@@ -128,7 +129,8 @@ def run(cfg, backend):
 
     Raises:
         config.UserError: see the message.
-        runtime.Stopped: time was up or SIGTERM came; run again to go on.
+        runtime.Stopped: time was up, SIGTERM came, or the disk is full; run
+            again to go on.
     """
     began = time.monotonic()
     hosts.start(cfg)
@@ -138,7 +140,7 @@ def run(cfg, backend):
             if spec := examples.spec(cfg.data, split):
                 sources.names(spec)
     folder = run_folder.RunFolder(cfg.run_dir)
-    with folder.locked():
+    with room.needed(folder.path), folder.locked():
         with hosts.agreed():
             loaded = presets.open(cfg, full=not cfg.lora.rank)
             taught.say_doubt(cfg, loaded)
@@ -176,9 +178,12 @@ def _train(cfg, folder, job, tuner, began, backend):
     facts = {}
     if found:
         path, facts = found
+        # Also over an adapter that the run has gone on from.
         checkpoint.restore(path, tuner)
         tuner.step = facts["step"]
         runtime.say(f"continuing at step {tuner.step} of {job.steps}")
+    if tuner.step < job.steps:
+        room.check(folder.path, tuner)
     folder.rewind(tuner.step)
     before = folder.read("before.json")
     if before is None or not found:
