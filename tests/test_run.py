@@ -177,6 +177,7 @@ def test_the_run_folder_holds_what_the_contract_says(first, workshop):
     assert {path.name for path in (folder / "adapter").iterdir()} == {
         "adapter_model.safetensors",
         "adapter_config.json",
+        "keras_gemma_ft.json",
         "README.md",
     }
     described = json.loads((folder / "config.json").read_text())
