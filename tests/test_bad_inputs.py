@@ -89,7 +89,6 @@ def good(workshop, tmp_path):  # noqa: F811
             ["--data.sequence_length=0", "2 tokens", "sequence_length=512"],
         ),
         ("--config=none.py", ["--config=none.py", "no such file"]),
-        ("--adapter=runs/x", ["--adapter=runs/x", "makes a new", "--run_dir"]),
         ("--backend=jx", ["--backend=jx", "auto, jax, tensorflow, torch"]),
     ],
 )
@@ -341,7 +340,9 @@ def test_a_shard_that_is_missing(call, good, folder):
     assert told.count("model.layers.1.") > 5
 
 
-@pytest.mark.parametrize("verb", [generate.generate, evaluate.evaluate])
+@pytest.mark.parametrize(
+    "verb", [generate.generate, evaluate.evaluate, train.train]
+)
 def test_an_adapter_that_is_none(call, good, tmp_path, verb):
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters/mine").mkdir()
