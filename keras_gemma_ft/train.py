@@ -29,6 +29,7 @@ def train(cfg):
 
     hosts.start(cfg)
     with hosts.agreed():
+        parent.stay_apart(cfg)
         settings = shapes.of_preset(cfg.preset)
         cfg = parent.settle(cfg, settings)
 

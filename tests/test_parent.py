@@ -81,10 +81,14 @@ def test_a_run_does_not_write_over_its_parent(adapter, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(adapter, run / "adapter")
     (tmp_path / "run-2").mkdir()
+    asked = config.Config(run_dir=str(run))
     for path in (run, run / "adapter"):
-        told = refused(path, f"--run_dir={run}")
-        assert f"Name another folder: --run_dir={run}-3." in told
-    assert settled(run, f"--run_dir={tmp_path / 'new'}").lora.rank == 3
+        with pytest.raises(config.UserError) as caught:
+            parent.stay_apart(dataclasses.replace(asked, adapter=str(path)))
+        told = f"Name another folder: --run_dir={run}-3."
+        assert told in str(caught.value)
+    for path in ("", str(adapter)):
+        parent.stay_apart(dataclasses.replace(asked, adapter=path))
 
 
 def test_an_adapter_of_several_scales_is_refused(tmp_path):

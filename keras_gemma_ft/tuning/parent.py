@@ -37,13 +37,11 @@ def settle(cfg, backbone):
         backbone: dict as of `GemmaBackbone.get_config()`.
 
     Raises:
-        UserError: the adapter cannot be read or cannot be gone on from, it
-            lies in the folder that the run writes, or a flag contradicts it;
-            every such flag is in the message.
+        UserError: the adapter cannot be read or cannot be gone on from, or
+            flags contradict it; every such flag is in the message.
     """
     if not cfg.adapter:
         return cfg
-    _stay_apart(cfg)
     adapter = adapters.read(cfg.adapter, backbone)
     typed = config.typed(cfg)
     wrong = [*_contradictions(cfg, adapter, typed)]
@@ -66,8 +64,10 @@ def settle(cfg, backbone):
     return config.replace(cfg, values)
 
 
-def _stay_apart(cfg):
+def stay_apart(cfg):
     """Refuses an adapter that the run would write over."""
+    if not cfg.adapter:
+        return
     run, path = (pathlib.Path(p).resolve() for p in (cfg.run_dir, cfg.adapter))
     if run != path and run not in path.parents:
         return
