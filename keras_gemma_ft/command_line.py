@@ -3,6 +3,7 @@
 Precedence: default < the embedded model's recipe < `--config` file < flags.
 """
 
+import dataclasses
 import pathlib
 import runpy
 import traceback
@@ -18,6 +19,7 @@ from keras_gemma_ft.config import (
     expected,
     flatten,
     replace,
+    typed,
     walk,
 )
 
@@ -84,9 +86,10 @@ def from_flags(argv):
         if values[path].present
     }
     config = _base(values["config"].value, given.get("preset"))
+    said = typed(config) if values["config"].value else frozenset()
     config = replace(config, given)
     check(config)
-    return config
+    return dataclasses.replace(config, given=said | given.keys())
 
 
 def _wrong_type(text):

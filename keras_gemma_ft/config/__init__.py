@@ -14,6 +14,7 @@ from keras_gemma_ft.config.fields import (
     flatten,
     replace,
     setting,
+    typed,
     walk,
 )
 from keras_gemma_ft.config.machine import Hosts, Model

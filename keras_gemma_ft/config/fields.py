@@ -61,7 +61,7 @@ def walk(config, prefix=""):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from walk(value, f"{field.name}.")
-        else:
+        elif field.metadata:
             yield prefix + field.name, field, value
 
 
@@ -89,6 +89,19 @@ def replace(config, values):
 def flatten(config):
     """{path: value} of every setting, as it goes into config.json."""
     return {path: value for path, _, value in walk(config)}
+
+
+def typed(config):
+    """Paths of the settings that the user has set himself.
+
+    Flags and a --config file tell (`config.given`). Of a Config that was made
+    in Python they are those that differ from their defaults.
+    """
+    if config.given is not None:
+        return config.given
+    default = flatten(type(config)())
+    values = flatten(config).items()
+    return frozenset(path for path, value in values if value != default[path])
 
 
 def refusals(config):

@@ -61,7 +61,9 @@ class Config:
         False, "plan: try meshes, remat, batches and lengths"
     )
     adapter: str = setting(
-        "", "adapter to load: a run folder, a PEFT folder or a .lora.h5 file"
+        "",
+        "adapter to load, or for train to go on from: a run folder, a PEFT "
+        "folder or a .lora.h5 file",
     )
     data: Data = dataclasses.field(default_factory=Data)
     lora: Lora = dataclasses.field(default_factory=Lora)
@@ -69,6 +71,10 @@ class Config:
     model: Model = dataclasses.field(default_factory=Model)
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
     generate: Generate = dataclasses.field(default_factory=Generate)
+    # No setting: the paths that the user has set, where it is known; `typed`.
+    given: frozenset | None = dataclasses.field(
+        default=None, compare=False, repr=False
+    )
 
 
 # (What cannot be, given a Config; what is said of it, with its values.)
