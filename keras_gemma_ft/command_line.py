@@ -18,6 +18,7 @@ from keras_gemma_ft.config import (
     did_you_mean,
     expected,
     flatten,
+    hints,
     replace,
     typed,
     walk,
@@ -64,12 +65,8 @@ def from_flags(argv):
     values = _define_flags()
     try:
         rest = values(["program", *argv])
-    except flags.UnrecognizedFlagError as error:
-        known = [path for path, _, _ in walk(Config())] + ["config"]
-        raise UserError(
-            f"unknown flag --{error.flagname}."
-            f"{did_you_mean(error.flagname, known)} --help lists every flag."
-        ) from None
+    except flags.UnrecognizedFlagError:
+        raise UserError(hints.unknown_flags(argv)) from None
     except flags.IllegalFlagValueError as error:
         raise UserError(_wrong_type(str(error))) from None
     except (flags.Error, ValueError) as error:

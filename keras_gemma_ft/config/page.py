@@ -40,10 +40,9 @@ def page():
 
 def _shown(word):
     """What to type, as the page shows it."""
-    both = [part for part in (word.here, word.off) if part]
-    if "=" not in word.here:
-        return f"`--{word.here}`" if both else "nothing"
-    return " or ".join(f"`--{part}`" for part in both)
+    if not word.here:
+        return "nothing"
+    return f"`--{word.here}`" + (f" (off: `--{word.off}`)" if word.off else "")
 
 
 def _remark(word):
