@@ -108,7 +108,7 @@ def test_all_unknown_flags_are_told_at_once():
         "--seed=1",
         "--train.lr=1",
         "--use_dora",
-        "--warmupsteps=4",
+        "--neat_pakking",
         "--rnak=4",
     )
     lines = text.splitlines()
@@ -118,7 +118,7 @@ def test_all_unknown_flags_are_told_at_once():
     ]
     assert "Nothing like it is known" in lines[0]
     assert "There is no DoRA" in lines[2]
-    assert "Did you mean: warmup_steps?" in lines[3]
+    assert "Did you mean: neat_packing" in lines[3]
     assert typed == ["--seed=1", "--train.learning_rate=1", "--lora.rank=4"]
 
 
