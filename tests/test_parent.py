@@ -13,7 +13,14 @@ from test_checkpoint import BACKEND
 from test_formats_adapters import BACKBONE, edit_config, make
 from test_run import metrics, settings, workshop  # noqa: F401
 
-from keras_gemma_ft import command_line, config, runtime, train, workers
+from keras_gemma_ft import (
+    command_line,
+    config,
+    evaluate,
+    runtime,
+    train,
+    workers,
+)
 from keras_gemma_ft.formats import adapters, usage
 from keras_gemma_ft.inference import chat
 from keras_gemma_ft.tuning import parent
@@ -229,6 +236,21 @@ def test_a_child_that_resumes_does_not_start_over(
         train.train(there)
     with pytest.raises(config.UserError, match="adapter: only there"):
         train.train(config.replace(cfg, {"adapter": ""}))
+
+
+def test_the_child_is_scored_as_it_was_taught(family, monkeypatch, capfd):
+    """On its own held-out records, in its template, over nf4."""
+    _, new, _ = family
+    monkeypatch.setattr(runtime, "start", lambda cfg: BACKEND)
+    argv = [f"--adapter={new}", "--train.samples=0", "--train.exact_match=0"]
+    found = evaluate.evaluate(command_line.from_flags(argv))
+    told = capfd.readouterr().err
+    assert f"as {new / 'adapter'} was taught: --preset=" in told
+    assert "--model.quantize=nf4" in told and "warning" not in told
+    np.testing.assert_allclose(
+        found["adapter"]["eval_loss"], summary(new)["eval_loss"], rtol=1e-6
+    )
+    assert found["base"]["eval_loss"] > found["adapter"]["eval_loss"]
 
 
 def test_the_child_is_asked_in_its_template(family):
