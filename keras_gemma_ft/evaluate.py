@@ -13,19 +13,16 @@ def evaluate(cfg):
     # After start: keras reads its backend when it is imported.
     from keras_gemma_ft import workers
     from keras_gemma_ft.data import pipeline
-    from keras_gemma_ft.formats import adapters
-    from keras_gemma_ft.inference import evaluation
-    from keras_gemma_ft.model import hosts, lora, presets
-    from keras_gemma_ft.tuning import trainer
+    from keras_gemma_ft.inference import evaluation, taught
+    from keras_gemma_ft.model import hosts, lora
+    from keras_gemma_ft.tuning import fine_tuner
 
     workers.say_one(cfg, backend)
     hosts.start(cfg)
     with hosts.agreed():
-        loaded = presets.open(cfg)
-        backbone = loaded.causal_lm.backbone
-        if cfg.adapter:
-            # Before the base is scored: a wrong path should not cost minutes.
-            adapters.read(cfg.adapter, backbone.get_config())
+        # The adapter is checked before the base is scored: a wrong path should
+        # not cost minutes.
+        cfg, loaded = taught.load(cfg, adapter=False, records=True)
         held_out = pipeline.prepare(
             cfg.data, loaded.tokenizer, "eval", cfg.seed
         )
@@ -37,7 +34,9 @@ def evaluate(cfg):
 
     def score(what):
         # LoRA changes which variables there are: a new tuner each time.
-        tuner = trainer.FineTuner(loaded.causal_lm, chunk=cfg.train.loss_chunk)
+        tuner = fine_tuner.FineTuner(
+            loaded.causal_lm, chunk=cfg.train.loss_chunk
+        )
         tuner.compile()
         judge = evaluation.Judge(cfg, tuner, loaded.tokenizer, held_out)
         found = judge.judge(what)
@@ -46,7 +45,7 @@ def evaluate(cfg):
 
     result = {"preset": cfg.preset, "base": score("base")}
     if cfg.adapter:
-        lora.load(backbone, cfg.adapter)
+        lora.load(loaded.causal_lm.backbone, cfg.adapter)
         result["adapter"] = score(cfg.adapter)
     return result
 

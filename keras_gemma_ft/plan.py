@@ -16,11 +16,15 @@ from keras_gemma_ft import config, runtime
 
 def plan(cfg):
     """Returns the plan as a dict; a step that does not fit is a result."""
+    from keras_gemma_ft.formats import usage
+
+    cfg = usage.settle(cfg, runtime.say)
     if cfg.compile:
         cfg = _for_compiling(cfg)
     backend = runtime.start(cfg)
     # After start: keras reads its backend when it is imported.
     from keras_gemma_ft.planning import devices, report, search, shapes
+    from keras_gemma_ft.tuning import parent
 
     if cfg.device == "auto":
         device = search.here(backend)
@@ -31,6 +35,7 @@ def plan(cfg):
     if cfg.device == "cpu" and cfg.mesh != "auto":
         device = devices.cpu(math.prod(config.mesh(cfg.mesh)))
     settings = shapes.of_preset(cfg.preset)
+    cfg = parent.settle(cfg, settings)
     return report.report(cfg, settings, device, backend)
 
 

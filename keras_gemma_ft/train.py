@@ -4,6 +4,9 @@ python -m keras_gemma_ft.train
     tunes the embedded model on the embedded task, offline, on any machine.
 python -m keras_gemma_ft.train --preset=gemma2_2b_en --data.train=mine.jsonl
     tunes the real one on your records.
+python -m keras_gemma_ft.train --adapter=runs/default --run_dir=runs/next \
+    --data.train=more.jsonl
+    goes on from an adapter with other records.
 """
 
 from keras_gemma_ft import config, runtime
@@ -11,26 +14,24 @@ from keras_gemma_ft import config, runtime
 
 def train(cfg):
     """Runs `cfg`; returns what summary.json holds."""
-    if cfg.adapter:
-        raise config.UserError(
-            f"--adapter={cfg.adapter} is for evaluate and generate; train "
-            f"makes a new adapter. To go on with an interrupted run give its "
-            f"--run_dir."
-        )
     from keras_gemma_ft import workers
+    from keras_gemma_ft.formats import usage
 
     workers.watch()
+    cfg = usage.settle(cfg, runtime.say)
     if (count := workers.wanted(cfg)) > 1:
         return workers.run(cfg, count)
     backend = runtime.start(cfg)
     # After start: keras reads its backend when it is imported.
     from keras_gemma_ft.model import hosts
     from keras_gemma_ft.planning import search, shapes
-    from keras_gemma_ft.tuning import trainer
+    from keras_gemma_ft.tuning import parent, trainer
 
     hosts.start(cfg)
     with hosts.agreed():
+        parent.stay_apart(cfg)
         settings = shapes.of_preset(cfg.preset)
+        cfg = parent.settle(cfg, settings)
 
     def settled():
         # On process 0 for all: another host's memory may differ.

@@ -5,7 +5,6 @@ a process for each; it waits for them, hands signals on, and ends as they do.
 Nothing here imports a framework.
 """
 
-import itertools
 import json
 import os
 import pathlib
@@ -93,19 +92,6 @@ def _offences(count, index, coordinator):
     return wrong
 
 
-def gpus():
-    """The visible NVIDIA GPUs, each as CUDA_VISIBLE_DEVICES would name it."""
-    if not runtime.cuda():
-        return []
-    told = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if told:
-        names = (name.strip() for name in told.split(","))
-        # CUDA, too, stops at the first that is none.
-        return list(itertools.takewhile(lambda x: x not in ("", "-1"), names))
-    found = pathlib.Path("/dev").glob("nvidia[0-9]*")
-    return [str(i) for i, _ in enumerate(found)]
-
-
 def wanted(cfg):
     """Processes that `train` must start on this machine; 1 is itself.
 
@@ -116,7 +102,7 @@ def wanted(cfg):
             batch; the message says what to type.
     """
     backend, _ = runtime.choose_backend(cfg.backend)
-    here = gpus() if runtime.uses_cuda(backend) else []
+    here = runtime.gpus() if runtime.uses_cuda(backend) else []
     asked = cfg.hosts.local
     if backend != "torch":
         return _one(backend, here, asked)
@@ -171,7 +157,7 @@ def _one(backend, here, asked):
 
 def say_one(cfg, backend):
     """Says what a verb leaves unused that starts no processes."""
-    here = gpus() if runtime.uses_cuda(backend) else []
+    here = runtime.gpus() if runtime.uses_cuda(backend) else []
     if backend == "torch" and len(here) > 1:
         runtime.say(f"hosts: one GPU of {len(here)} is used; train uses all")
     elif cfg.hosts.local not in ("auto", "1"):
@@ -219,7 +205,7 @@ def _commands(cfg, count, module):
     """Yields (command, environment) of each process."""
     job = settings(cfg.hosts, os.environ)
     machines, index, coordinator = job or (1, 0, f"127.0.0.1:{_free_port()}")
-    names = gpus() if runtime.uses_cuda("torch") else []
+    names = runtime.gpus() if runtime.uses_cuda("torch") else []
     threads = max(1, (os.cpu_count() or 1) // count)
     runtime.say(
         f"hosts: starting {count} processes"
@@ -235,12 +221,26 @@ def _commands(cfg, count, module):
                 "hosts.local": "1",
             },
         )
-        flags = [f"--{k}={v}" for k, v in config.flatten(own).items()]
+        flags = [f"--{k}={v}" for k, v in _said(own).items()]
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         environment[_STARTED] = "1"
         if names:
             environment["CUDA_VISIBLE_DEVICES"] = names[local]
         yield [sys.executable, "-m", module, *flags], environment
+
+
+def _said(cfg):
+    """{path: value} of what a started process is told.
+
+    What the user has not typed of LoRA is left to the adapter that a run goes
+    on from: typed flags must agree with it.
+    """
+    return {
+        path: value
+        for path, value in config.flatten(cfg).items()
+        if path in config.typed(cfg)
+        or not (cfg.adapter and path.startswith("lora."))
+    }
 
 
 def _free_port():

@@ -7,6 +7,7 @@ what came, what was expected, what to type.
 import json
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -47,7 +48,7 @@ def call(monkeypatch, capfd):
     this one, whose keras is imported."""
     monkeypatch.setattr(runtime, "start", lambda cfg: BACKEND)
     # `main` takes SIGTERM over, which here is pytest's.
-    monkeypatch.setattr(runtime.signal, "signal", lambda *args: None)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
 
     def run(words, *argv, verb=train.train):
         argv = [f"--{k}={v}" for item in argv for k, v in item.items()]
@@ -88,7 +89,6 @@ def good(workshop, tmp_path):  # noqa: F811
             ["--data.sequence_length=0", "2 tokens", "sequence_length=512"],
         ),
         ("--config=none.py", ["--config=none.py", "no such file"]),
-        ("--adapter=runs/x", ["--adapter=runs/x", "makes a new", "--run_dir"]),
         ("--backend=jx", ["--backend=jx", "auto, jax, tensorflow, torch"]),
     ],
 )
@@ -104,7 +104,8 @@ def test_a_backend_that_is_not_installed(tmp_path):
     code = (
         "import sys\n"
         "from keras_gemma_ft import runtime, train\n"
-        "runtime._found = lambda name: name == 'jax'\n"
+        "from keras_gemma_ft.runtime import packages\n"
+        "packages.installed = lambda name: name == 'jax'\n"
         "sys.argv = ['train', '--backend=torch']\n"
         "runtime.main(train.train, 'Doc.')\n"
     )
@@ -339,7 +340,9 @@ def test_a_shard_that_is_missing(call, good, folder):
     assert told.count("model.layers.1.") > 5
 
 
-@pytest.mark.parametrize("verb", [generate.generate, evaluate.evaluate])
+@pytest.mark.parametrize(
+    "verb", [generate.generate, evaluate.evaluate, train.train]
+)
 def test_an_adapter_that_is_none(call, good, tmp_path, verb):
     (tmp_path / "adapters").mkdir()
     (tmp_path / "adapters/mine").mkdir()

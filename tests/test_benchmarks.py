@@ -195,14 +195,14 @@ def test_what_counts_as_a_launch():
 
 def test_curves_are_told_apart(monkeypatch):
     from keras_gemma_ft.model import compiled, torch_attention
-    from keras_gemma_ft.tuning import loss
+    from keras_gemma_ft.tuning import chunks
     from tests.benchmarks.gpu import random_model
 
     spec = {"backend": "torch", "gpu": False, "quick": True}
     case = {"dtype": "float32", "compile": "on"}
     monkeypatch.setattr(curves, "STEPS", 6)
     monkeypatch.setattr(compiled, "inductor", compiled.inductor)
-    monkeypatch.setattr(loss, "_compiled", loss._compiled)
+    monkeypatch.setattr(chunks, "_compiled", chunks._compiled)
     random_model.trace()
     want = curves.curve(spec, {**case, "compile": "off"})
     got = curves.curve(spec, case)

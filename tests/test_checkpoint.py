@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from keras import ops
 from safetensors import numpy as safetensors
+from test_room import limited
 from test_run import metrics, settings, workshop  # noqa: F401
 
 from keras_gemma_ft import config, runtime
-from keras_gemma_ft.formats import atomic
+from keras_gemma_ft.formats import adapters, atomic
 from keras_gemma_ft.tuning import checkpoint, run_folder, trainer
 
 BACKEND = keras.config.backend()
@@ -275,6 +276,54 @@ def test_a_run_killed_after_its_last_step_is_finished(
     expected = json.loads((whole / "summary.json").read_text())
     for key in ("status", "steps", "tokens", "eval_loss", "best_step"):
         assert summary[key] == expected[key], key
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="Torch compiles nothing")
+def test_a_full_disk_stops_a_run_that_can_go_on(
+    workshop,  # noqa: F811
+    whole,
+    tmp_path,
+    monkeypatch,
+):
+    """In a checkpoint, and in the export: what was complete before stays."""
+
+    def stopped(owner, name, folder):
+        """(the result, the message) of a run that has no room in `name`."""
+        real = getattr(owner, name)
+
+        def write(*args, **kwargs):
+            # One write only: pytest keeps what is printed in a file, too.
+            last = args[-1] if name == "save" else {"step": 4}
+            with limited(2000 if last["step"] == 4 else 10**9):
+                return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, write)
+            with pytest.raises(runtime.Stopped) as stop:
+                trainer.run(tuned(workshop, folder), BACKEND)
+        assert not [*folder.rglob("*.partial")]
+        assert stop.value.result["status"] == "stopped"
+        return stop.value.result, str(stop.value)
+
+    run = tmp_path / "run"
+    result, told = stopped(checkpoint, "save", run)
+    assert (result["steps"], names(run)) == (2, ["00000002"])
+    assert checkpoint.latest(run)[1]["step"] == 2
+    for words in (
+        f"checkpoints/00000004 takes {result['wanted_bytes']:,} bytes",
+        f"bytes are free in {run}/checkpoints",
+        "The last complete checkpoint is of step 2, and it stays",
+        "The same command goes on from it, once there is room.",
+    ):
+        assert words in told, told
+    # The test above holds that a run without its exports is finished by another.
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    (copy / "summary.json").unlink()
+    shutil.rmtree(copy / "adapter")
+    result, told = stopped(adapters, "write_peft", copy)
+    assert result["steps"] == 8 and f"{copy}/adapter takes" in told
+    assert not (copy / "adapter").exists()
+    assert not (copy / "summary.json").exists()
 
 
 @pytest.mark.parametrize("where", ["tensors", "facts", "rename"])

@@ -21,6 +21,10 @@ TAKES = {
     "train.warmup": "11",
     "lora.targets": "attention",
     "hosts.local": "3",
+    "mesh": "2x4",
+    "data.roles": "bard=assistant, me=user",
+    "data.delimiter": ";",
+    "train.trackers": "wandb,tensorboard",
 }
 
 
@@ -28,6 +32,8 @@ def declared():
     """{flag: field}, read from the dataclasses without `config.walk`."""
     fields = {}
     for field in dataclasses.fields(Config):
+        if field.name == "given":  # What was typed, which is no setting.
+            continue
         if field.default is not dataclasses.MISSING:
             fields[field.name] = field
             continue
@@ -86,6 +92,23 @@ def test_walk_replace_and_flatten_agree():
     assert list(config.flatten(Config())) == walked
     assert sorted(config.flatten(Config())) == sorted(changed)
     assert config.flatten(config.replace(Config(), changed)) == changed
+
+
+def test_what_the_user_has_typed_is_known(tmp_path):
+    """A flag counts even if it repeats the default, the recipe never."""
+    typed = config.typed(command_line.from_flags(["--data.template=gemma"]))
+    assert typed == {"data.template"}
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from keras_gemma_ft.config import Config, Data, Lora\n"
+        "def get_config():\n"
+        "    return Config(lora=Lora(rank=3), data=Data(template='gemma'))\n"
+    )
+    argv = [f"--config={file}", "--seed=0"]
+    typed = config.typed(command_line.from_flags(argv))
+    assert typed == {"lora.rank", "seed"}
+    made = config.replace(Config(), {"lora.rank": 3, "seed": 0})
+    assert config.typed(made) == {"lora.rank"}
 
 
 def test_precedence_default_recipe_file_command_line(tmp_path):

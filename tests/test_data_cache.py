@@ -284,7 +284,7 @@ def test_without_a_place_there_is_no_cache(prepare, tmp_path, kind):
 
 @pytest.mark.parametrize("at", [0, 3, 11])
 def test_a_full_disk_costs_only_the_cache(prepare, folder, monkeypatch, at):
-    saved, count = np.save, iter(range(99))
+    saved, count = cache._save, iter(range(99))
 
     def save(path, array):
         if next(count) == at:
@@ -292,7 +292,7 @@ def test_a_full_disk_costs_only_the_cache(prepare, folder, monkeypatch, at):
             raise OSError(28, "No space left on device")
         saved(path, array)
 
-    monkeypatch.setattr(cache.np, "save", save)
+    monkeypatch.setattr(cache, "_save", save)
     found = prepare()
     assert "(No space left on device)" in found.origin.note
     assert list(folder.iterdir()) == []

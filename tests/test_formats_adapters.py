@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from keras_gemma_ft.config import TARGETS, UserError
-from keras_gemma_ft.formats import adapters, huggingface, low_rank, names
+from keras_gemma_ft.config import TARGETS, Config, UserError
+from keras_gemma_ft.formats import adapters, huggingface, low_rank, names, usage
 
 # Heads*head_dim differs from hidden_dim, and heads from key/value heads.
 BACKBONE = dict(
@@ -114,7 +114,15 @@ def test_peft_computes_our_delta(tmp_path, torch_model, style, rslora, targets):
     import torch
 
     adapter = make(style, rslora=rslora, targets=targets)
-    adapters.write_peft(tmp_path / "adapter", adapter)
+    # What travels lies beside it, which PEFT passes over.
+    travels = usage.describe(
+        Config(),
+        base={"preset": "any", "dtype": "float32"},
+        trained=dict.fromkeys(("layout", "quantize", "quantize_embedding")),
+        when="",
+    )._replace(jinja="{{ messages }}")
+    adapters.write_peft(tmp_path / "adapter", adapter, usage=travels)
+    assert len([*(tmp_path / "adapter").iterdir()]) == 5
     base = torch_model()
     before = {k: v.clone() for k, v in base.state_dict().items()}
     ids = torch.arange(1, 15)[None]

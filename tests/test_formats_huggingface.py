@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from keras_gemma_ft.config import UserError
-from keras_gemma_ft.formats import huggingface, names
+from keras_gemma_ft.formats import huggingface, names, shards
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 VOCABULARY = "shared/data/gemma_tiny_vocabs/gemma_export_vocab.spm"
@@ -59,7 +59,7 @@ def folder(saved, tmp_path):
 
 def refusal(folder):
     with pytest.raises(UserError) as caught:
-        huggingface.read_tensors(folder)
+        shards.read_tensors(folder)
     print(caught.value)
     return str(caught.value)
 
@@ -95,7 +95,7 @@ def test_tensors_are_those_of_transformers(saved, form):
     want = {k: v.float().numpy() for k, v in model.state_dict().items()}
     want.pop("lm_head.weight", None)
     shapes = names.variable_shapes(BACKBONE)
-    for path, array in huggingface.read_tensors(saved / form):
+    for path, array in shards.read_tensors(saved / form):
         assert array.shape == shapes.pop(path)
         assert str(array.dtype) == ("bfloat16" if "b" in form else "float32")
         name, stored = names.to_huggingface(path, array)
@@ -119,7 +119,7 @@ def test_keras_hub_imports_the_same_arrays(saved, tmp_path):
         str(tmp_path / "model"), dtype="float32"
     )
     want = {v.path: ops.convert_to_numpy(v) for v in backbone.weights}
-    for path, array in huggingface.read_tensors(tmp_path / "model"):
+    for path, array in shards.read_tensors(tmp_path / "model"):
         np.testing.assert_array_equal(array, want.pop(path), path)
     assert not want
     # Its settings are ours too.
@@ -265,7 +265,7 @@ def test_tied_head_and_rotary_tables_are_ignored(folder):
             }
         ),
     )
-    assert len(list(huggingface.read_tensors(folder))) == 35
+    assert len(list(shards.read_tensors(folder))) == 35
 
 
 @pytest.mark.parametrize(

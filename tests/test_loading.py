@@ -17,7 +17,7 @@ import tiny
 from keras import ops
 
 from keras_gemma_ft import config
-from keras_gemma_ft.formats import huggingface, tensors
+from keras_gemma_ft.formats import shards, tensors
 from keras_gemma_ft.inference import chat
 from keras_gemma_ft.model import codes, forward, lora, presets, weights
 
@@ -54,7 +54,7 @@ def test_values_without_random_numbers(forms, folder, form, dtype, monkeypatch):
     loaded = presets.load(str(forms[form]), dtype=dtype)
     monkeypatch.undo()
     backbone = loaded.causal_lm.backbone
-    want = dict(huggingface.read_tensors(folder))
+    want = dict(shards.read_tensors(folder))
     kept = "float32" if dtype.startswith("mixed") else dtype
     for v in backbone.variables:
         array = want.pop(v.path.removeprefix(f"{backbone.name}/"))
@@ -93,7 +93,7 @@ def test_keras_is_left_as_it_was(folder):
 
 @pytest.mark.parametrize("times", [0, 2])
 def test_a_variable_not_loaded_once(folder, monkeypatch, times):
-    read = huggingface.read_tensors
+    read = shards.read_tensors
     path = "decoder_block_1/attention/key/kernel"
 
     def wrong(folder):
@@ -101,7 +101,7 @@ def test_a_variable_not_loaded_once(folder, monkeypatch, times):
             for _ in range(times if name == path else 1):
                 yield name, array
 
-    monkeypatch.setattr(huggingface, "read_tensors", wrong)
+    monkeypatch.setattr(shards, "read_tensors", wrong)
     with pytest.raises(config.UserError) as caught:
         presets.load(str(folder))
     assert "1 of 35 variables were not loaded exactly" in str(caught.value)
@@ -181,7 +181,7 @@ def test_the_second_load_is_from_the_cache(kept, forms, form, monkeypatch):
 
     for target in ("encode", "encode_table"):
         monkeypatch.setattr(codes, target, read)
-    monkeypatch.setattr(huggingface, "read_tensors", read)
+    monkeypatch.setattr(shards, "read_tensors", read)
     second, said = kept(form)
     assert f"from the cache, {file}" in said
     _same(_values(first), _values(second))
@@ -280,13 +280,13 @@ def test_what_a_killed_process_left_goes_in_a_day(kept):
 
 def test_a_source_that_changes_is_not_kept(kept, forms, tmp_path, monkeypatch):
     preset = shutil.copytree(forms["huggingface"], tmp_path / "preset")
-    read = huggingface.read_tensors
+    read = shards.read_tensors
 
     def touching(folder):
         yield from read(folder)
         os.utime(preset / "model.safetensors", (1, 1))
 
-    monkeypatch.setattr(huggingface, "read_tensors", touching)
+    monkeypatch.setattr(shards, "read_tensors", touching)
     _, said = kept(preset)
     assert "not kept" in said and not [*kept.folder.iterdir()]
 

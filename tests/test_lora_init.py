@@ -21,7 +21,7 @@ from keras_gemma_ft import command_line, config, evaluate, runtime
 from keras_gemma_ft.data import pipeline
 from keras_gemma_ft.formats import adapters
 from keras_gemma_ft.model import hosts, lora, lora_init, presets, quantize
-from keras_gemma_ft.tuning import trainer
+from keras_gemma_ft.tuning import fine_tuner, trainer
 
 BACKEND = keras.config.backend()
 STYLES = pytest.mark.parametrize("style", ["keras", "standard"])
@@ -217,7 +217,7 @@ def test_loftq_starts_nearer_to_the_float_model():
     """Loss by loss of the embedded model's own tokens: it is trained."""
     loaded = presets.load(config.EMBEDDED_PRESET)
     backbone = loaded.causal_lm.backbone
-    tuner = trainer.FineTuner(loaded.causal_lm)
+    tuner = fine_tuner.FineTuner(loaded.causal_lm)
     tuner.compile()
     cfg = config.Data(sequence_length=96)
     rows = pipeline.prepare(cfg, loaded.tokenizer, "eval", 0)

@@ -14,7 +14,7 @@ import torch
 from keras import ops
 
 from keras_gemma_ft.model import kernels, sharding
-from keras_gemma_ft.tuning import loss
+from keras_gemma_ft.tuning import chunks, loss
 
 # B, T, d, V; 21 tokens: chunks of 7 divide them, those of 4 leave a tail.
 B, T, D, V = 3, 7, 10, 33
@@ -123,7 +123,7 @@ def test_gradients(data, cap, chunk, table_trained):
 @pytest.mark.parametrize("words", [1, 5, 16])
 def test_blocks_of_words_are_the_whole_table(data, words, monkeypatch):
     # The chunk is of 8 tokens; 19 words are no multiple of a block.
-    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 8 * words)
+    monkeypatch.setattr(chunks, "BYTES", 4 * 8 * words)
     losses, want, _ = by_torch(*data, 30.0)
     value, (got,) = value_and_gradients(data, ["hidden"], cap=30.0, chunk=8)
     tiny.close("value", value, (losses * data[3]).sum(), rtol=1e-6)
@@ -288,7 +288,7 @@ def test_float16_gradients_of_unlikely_words(multiplied):
 @pytest.mark.parametrize("dtype", PRECISION)
 def test_16_bit_gradients_compiled(multiplied, dtype, monkeypatch):
     run = torch.compile(
-        loss.losses_and_dz, dynamic=False, fullgraph=True,
+        chunks.losses_and_dz, dynamic=False, fullgraph=True,
         backend="aot_eager_decomp_partition",
     )  # fmt: skip
     monkeypatch.setattr(loss, "_compiled", lambda: run)

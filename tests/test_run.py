@@ -24,6 +24,7 @@ from keras_gemma_ft import (
 )
 from keras_gemma_ft.data import pipeline, tokens
 from keras_gemma_ft.embedded import model
+from keras_gemma_ft.formats import usage
 from keras_gemma_ft.model import presets
 from keras_gemma_ft.tuning import callbacks, run_folder, trainer
 
@@ -177,6 +178,7 @@ def test_the_run_folder_holds_what_the_contract_says(first, workshop):
     assert {path.name for path in (folder / "adapter").iterdir()} == {
         "adapter_model.safetensors",
         "adapter_config.json",
+        "keras_gemma_ft.json",
         "README.md",
     }
     described = json.loads((folder / "config.json").read_text())
@@ -445,3 +447,5 @@ def test_rank_zero_writes_a_whole_model(workshop, tmp_path):
     found = stock_loss(tmp_path / "model", workshop / "eval.jsonl")
     np.testing.assert_allclose(found, summary["eval_loss"], rtol=1e-5)
     assert summary["eval_loss"] < summary["eval_loss_before"] - 0.05
+    _, travels = usage.find(tmp_path / "model")
+    assert travels.told["settings"]["data.sequence_length"] == 96

@@ -10,6 +10,8 @@ import types
 import pytest
 
 from keras_gemma_ft import config, runtime
+from keras_gemma_ft.runtime import backend as chosen
+from keras_gemma_ft.runtime import devices, memory, packages
 
 ALL = ("jax", "tensorflow", "torch")
 
@@ -21,13 +23,14 @@ def machine(monkeypatch):
     def fake(*, installed=ALL, tpu=False, cuda=False, plugin=True, wheel=""):
         found = {*installed, *(["jax_cuda12_plugin"] if plugin else [])}
         monkeypatch.delenv("KERAS_BACKEND", raising=False)
-        monkeypatch.setattr(runtime, "_found", lambda name: name in found)
-        monkeypatch.setattr(runtime, "tpu", lambda: tpu)
-        monkeypatch.setattr(runtime, "cuda", lambda: cuda)
+        monkeypatch.delitem(sys.modules, "keras", raising=False)
+        monkeypatch.setattr(packages, "installed", lambda name: name in found)
+        monkeypatch.setattr(devices, "tpu", lambda: tpu)
+        monkeypatch.setattr(devices, "cuda", lambda: cuda)
         monkeypatch.setattr(
-            runtime.importlib.metadata, "version", lambda name: f"9.9{wheel}"
+            packages.importlib.metadata, "version", lambda name: f"9.9{wheel}"
         )
-        monkeypatch.setattr(runtime.platform, "system", lambda: "Linux")
+        monkeypatch.setattr(packages.platform, "system", lambda: "Linux")
 
     return fake
 
@@ -106,7 +109,7 @@ def test_precision_suits_the_machine(
     machine, monkeypatch, here, capability, dtype
 ):
     machine(**here)
-    monkeypatch.setattr(runtime, "cuda_capability", lambda: capability)
+    monkeypatch.setattr(devices, "cuda_capability", lambda: capability)
     assert runtime.choose_dtype("auto")[0] == dtype
     assert runtime.choose_dtype("float32")[0] == "float32"
 
@@ -231,6 +234,9 @@ def test_start_decides_before_keras_and_only_then():
         assert keras.backend.backend() == "jax"
         # keras_hub would import it, and take 3 s and 600 MB.
         assert sys.modules["tensorflow"] is None
+        # Again, as a notebook's second cell: nothing changes, nothing is said.
+        assert runtime.start(config.Config(backend="jax")) == "jax"
+        assert runtime.start(config.Config()) == "jax"
         runtime.start(config.Config(backend="torch"))
     """
     environment = {**os.environ, "KERAS_BACKEND": "torch"}
@@ -242,9 +248,34 @@ def test_start_decides_before_keras_and_only_then():
     )
     lines = done.stderr.splitlines()
     assert "backend: jax (--backend says so)" in lines[0]
+    assert done.stderr.count("backend: ") == 1, done.stderr
     assert lines[-1] == (
-        "AssertionError: runtime.start must come before `import keras`"
+        "keras_gemma_ft.config.UserError: --backend=torch was asked for, but "
+        "keras is already imported with the backend jax, which a process "
+        "cannot change. Restart the process (in a notebook: the kernel), or "
+        "ask for --backend=jax."
     )
+
+
+def test_a_keras_that_was_there_first_is_taken(monkeypatch, capsys):
+    there = types.SimpleNamespace(backend=lambda: "torch")
+    there = types.SimpleNamespace(config=there)
+    monkeypatch.setitem(sys.modules, "keras", there)
+    monkeypatch.setitem(chosen._said, "backend", None)
+    before = dict(os.environ)
+    for asked in ("auto", "torch"):
+        assert runtime.choose_backend(asked)[0] == "torch"
+        assert runtime.start(config.Config(backend=asked)) == "torch"
+    told = capsys.readouterr().err
+    assert "backend: torch (keras is already imported with it)" in told
+    assert told.count("backend: ") == 1
+    assert dict(os.environ) == before
+    with pytest.raises(config.UserError, match="or ask for --backend=torch"):
+        runtime.start(config.Config(backend="jax"))
+
+
+def test_every_name_of_the_door_is_there():
+    assert all(hasattr(runtime, name) for name in runtime.__all__)
 
 
 # --- memory of a CPU run ------------------------------------------------------
@@ -254,9 +285,9 @@ def test_start_decides_before_keras_and_only_then():
 def cpu(monkeypatch):
     """A machine with glibc and no accelerator, nothing set by the user."""
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    monkeypatch.setattr(runtime, "tpu", lambda: False)
-    monkeypatch.setattr(runtime, "cuda", lambda: False)
-    monkeypatch.setattr(runtime.platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(devices, "tpu", lambda: False)
+    monkeypatch.setattr(devices, "cuda", lambda: False)
+    monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("glibc", "2.36"))
     return monkeypatch
 
 
@@ -267,13 +298,13 @@ def test_glibc_keeps_the_memory_of_a_cpu_run(cpu):
 
 
 def test_the_allocator_is_left_alone_elsewhere(cpu):
-    cpu.setattr(runtime, "cuda", lambda: True)
+    cpu.setattr(devices, "cuda", lambda: True)
     assert runtime.allocator() == {}
-    cpu.setattr(runtime, "cuda", lambda: False)
+    cpu.setattr(devices, "cuda", lambda: False)
     cpu.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
     assert runtime.allocator() == {}
     cpu.delenv("GLIBC_TUNABLES")
-    cpu.setattr(runtime.platform, "libc_ver", lambda: ("", ""))
+    cpu.setattr(memory.platform, "libc_ver", lambda: ("", ""))
     assert runtime.allocator() == {}
 
 
@@ -284,11 +315,11 @@ def test_only_a_verb_is_started_again(cpu, spec, again):
     started = []
     main = types.SimpleNamespace(__spec__=types.SimpleNamespace(name=spec))
     cpu.setitem(sys.modules, "__main__", main)
-    cpu.setattr(runtime.os, "execv", lambda *args: started.append(args))
-    cpu.setattr(runtime.os, "environ", {})
-    runtime._restart(runtime.allocator())
+    cpu.setattr(memory.os, "execv", lambda *args: started.append(args))
+    cpu.setattr(memory.os, "environ", {})
+    memory.restart(runtime.allocator())
     assert started == ([(sys.executable, sys.orig_argv)] if again else [])
-    assert ("GLIBC_TUNABLES" in runtime.os.environ) == again
+    assert ("GLIBC_TUNABLES" in memory.os.environ) == again
 
 
 def test_jax_keeps_its_programs(monkeypatch, tmp_path):

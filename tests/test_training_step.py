@@ -23,7 +23,7 @@ from keras_gemma_ft import config
 from keras_gemma_ft.data import pipeline
 from keras_gemma_ft.formats import adapters, names
 from keras_gemma_ft.model import forward, lora, presets
-from keras_gemma_ft.tuning import loss, trainer
+from keras_gemma_ft.tuning import loss, parent, trainer
 
 ROWS, T, STEPS, PEAK, DECAY = 4, 72, 4, 0.01, 0.1
 # Between the gradient norms of the four steps: some are clipped.
@@ -279,6 +279,32 @@ def test_lora_steps_are_those_of_peft(folder, records, plain, tmp_path):
         (losses, norms, flat(theirs, ours[0])),
         rtol=1e-4,
     )
+
+
+def test_a_run_goes_on_from_what_peft_has_written(folder, plain, tmp_path):
+    """Its first state; the steps from there are those of the tests above."""
+    steps, _ = plain
+    adapters.write_peft(tmp_path / "a", steps.adapters[0])
+    model = peft.PeftModel.from_pretrained(
+        tiny.witness(folder), tmp_path / "a", is_trainable=True
+    )
+    model.save_pretrained(tmp_path / "b")
+    loaded = presets.load(str(folder))
+    shapes = loaded.causal_lm.backbone.get_config()
+    cfg = config.Config(adapter=str(tmp_path / "b"), run_dir="elsewhere")
+    cfg = parent.settle(cfg, shapes)
+    found = parent.read(cfg, shapes)
+    tuner = trainer.build(
+        cfg, loaded, steps=STEPS, warmup=2, adapter=found.adapter
+    )
+    state = {v.path: v for v in tuner.trainable_variables}
+    assert state.keys() == steps.states[0].keys()
+    for path, want in steps.states[0].items():
+        got = ops.convert_to_numpy(state[path].value)
+        np.testing.assert_array_equal(got, want)
+    assert int(ops.convert_to_numpy(tuner.optimizer.iterations.value)) == 0
+    ours, theirs = lora.read(tuner.backbone), steps.adapters[0]
+    assert (ours.rank, ours.alpha) == (theirs.rank, theirs.alpha) == (3, 6.0)
 
 
 def test_full_steps_are_those_of_transformers(folder, records):

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from keras_gemma_ft import command_line, config, runtime, workers
+from keras_gemma_ft.runtime import devices, packages
 
 
 def asked(count=0, index=-1, coordinator="", **environment):
@@ -53,13 +54,14 @@ def test_settings_that_do_not_fit(given, told):
 def machine(monkeypatch):
     """Function that gives this process GPUs."""
     monkeypatch.delenv("KERAS_BACKEND", raising=False)
+    monkeypatch.delitem(sys.modules, "keras", raising=False)
 
     def fake(count):
         told = ",".join(map(str, range(count)))
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
-        monkeypatch.setattr(runtime, "cuda", lambda: count > 0)
-        monkeypatch.setattr(runtime, "_cuda", lambda name: True)
-        monkeypatch.setattr(runtime, "_found", lambda name: True)
+        monkeypatch.setattr(devices, "cuda", lambda: count > 0)
+        monkeypatch.setattr(packages, "built_for_cuda", lambda name: True)
+        monkeypatch.setattr(packages, "installed", lambda name: True)
 
     return fake
 
@@ -95,16 +97,16 @@ def test_torch_takes_every_gpu_that_the_rows_divide_over(machine, capsys):
 
 def test_gpus_are_those_that_cuda_shows(machine, monkeypatch):
     machine(3)
-    assert workers.gpus() == ["0", "1", "2"]
+    assert runtime.gpus() == ["0", "1", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5f,-1,0")
-    assert workers.gpus() == ["2", "GPU-5f"]
+    assert runtime.gpus() == ["2", "GPU-5f"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     files = ["/dev/nvidia3", "/dev/nvidia7"]
     with monkeypatch.context() as patch:
-        patch.setattr(workers.pathlib.Path, "glob", lambda *_: iter(files))
-        assert workers.gpus() == ["0", "1"]
+        patch.setattr(devices.pathlib.Path, "glob", lambda *_: iter(files))
+        assert runtime.gpus() == ["0", "1"]
     machine(0)
-    assert workers.gpus() == []
+    assert runtime.gpus() == []
 
 
 def test_other_backends_compute_in_one_process(machine, capsys):
@@ -112,7 +114,7 @@ def test_other_backends_compute_in_one_process(machine, capsys):
     assert wanted("jax") == 1
     assert capsys.readouterr().err == ""
     assert wanted("tensorflow") == 1
-    assert workers.gpus() == ["0"]
+    assert runtime.gpus() == ["0"]
     told = capsys.readouterr().err
     assert "TensorFlow uses one GPU of 2" in told
     assert "--backend=torch" in told

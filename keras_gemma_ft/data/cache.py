@@ -168,7 +168,7 @@ def _store(entry, arrays, facts):
     try:
         partial.mkdir()
         for name, array in arrays.items():
-            np.save(partial / f"{name}.npy", array)
+            _save(partial / f"{name}.npy", array)
         (partial / "facts.json").write_text(json.dumps(facts), "utf-8")
         sums = {p.name: _sum(p) for p in sorted(partial.iterdir())}
         (partial / "sums.json").write_text(json.dumps(sums))
@@ -180,6 +180,16 @@ def _store(entry, arrays, facts):
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _save(path, array):
+    """`np.save`, which on a full disk loses the end of a file in silence."""
+    layout = np.lib.format
+    array = np.ascontiguousarray(array)
+    with open(path, "wb") as file:
+        told = layout.header_data_from_array_1_0(array)
+        layout.write_array_header_1_0(file, told)
+        file.write(array.data.cast("B") if array.size else b"")
 
 
 def _aside(entry):

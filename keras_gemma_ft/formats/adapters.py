@@ -30,7 +30,7 @@ from keras_gemma_ft.formats.low_rank import (
 )
 from keras_gemma_ft.formats.peft_config import CONFIG
 from keras_gemma_ft.formats.peft_read import read_peft
-from keras_gemma_ft.formats.peft_write import write_peft
+from keras_gemma_ft.formats.peft_write import WEIGHTS, write_peft
 
 __all__ = [
     "Adapter",
@@ -38,12 +38,14 @@ __all__ = [
     "layer_index",
     "matrix",
     "pair_shapes",
+    "place",
     "product",
     "read",
     "read_keras",
     "read_peft",
     "scale",
     "stock_rank",
+    "weights_of",
     "write_keras",
     "write_peft",
 ]
@@ -66,10 +68,21 @@ def read(path, backbone, *, base=""):
         UserError: no such path, or an adapter that is damaged, of another
             kind or for another model; every offending entry is listed.
     """
+    found = place(path)
+    if found.is_dir():
+        return read_peft(found, backbone)
+    return read_keras(found, backbone, base=base)
+
+
+def place(path):
+    """Where the adapter at `path` is: its PEFT folder, or its `.lora.h5` file.
+
+    Arguments and errors as of `read`, which looks inside.
+    """
     path = pathlib.Path(path)
     if path.is_file():
         if path.name.endswith(".h5"):
-            return read_keras(path, backbone, base=base)
+            return path
         raise UserError(
             f"{path} is a file, expected a .lora.h5 file or a folder. "
             "Name the folder that holds adapter_config.json."
@@ -78,9 +91,9 @@ def read(path, backbone, *, base=""):
         raise UserError(f"There is no adapter at {path}.{_near(path)}")
     for folder in (path, path / "adapter"):
         if (folder / CONFIG).is_file():
-            return read_peft(folder, backbone)
+            return folder
     if (path / "adapter.lora.h5").is_file():
-        return read_keras(path / "adapter.lora.h5", backbone, base=base)
+        return path / "adapter.lora.h5"
     held = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
     model = (path / "config.json").is_file()
     raise UserError(
@@ -88,6 +101,12 @@ def read(path, backbone, *, base=""):
         f"adapter.lora.h5, found {held}."
         + (" If it is a model, name it with --preset." if model else "")
     )
+
+
+def weights_of(path):
+    """The file that holds the weights of the adapter at `path`."""
+    found = place(path)
+    return found / WEIGHTS if found.is_dir() else found
 
 
 def _near(path):

@@ -1,30 +1,12 @@
-"""A Gemma 2 folder in Hugging Face's format: settings and tensors.
+"""`config.json` of a Gemma 2 in Hugging Face's format, read and written.
 
-Names, shapes and transposes are in `names.py`; here are `config.json`, both
-ways, and a reader that streams safetensors shards one tensor at a time.
+The weights beside it are read by `shards.py`.
 """
 
 import json
 import pathlib
-import re
-
-import ml_dtypes  # noqa: F401  safetensors asks numpy for its bfloat16
-import numpy as np
-import safetensors
 
 from keras_gemma_ft.config import UserError
-from keras_gemma_ft.formats import tensors
-from keras_gemma_ft.formats.names import (
-    to_huggingface,
-    to_keras,
-    variable_shapes,
-)
-
-# Tied to the embedding, or recomputed by the model: nothing to load.
-_IGNORED = re.compile(r"lm_head\.weight|.*rotary_emb\.inv_freq")
-# A file name and nothing else: no separators, no leading dot.
-_SHARD_NAME = re.compile(r"\w[\w.\-]*\.safetensors")
-FLOATS = ("BF16", "F16", "F32", "F64")
 
 # config.json -> GemmaBackbone, where the value is the same.
 _FIELDS = {
@@ -214,115 +196,3 @@ def read_json(path):
             f"{path} holds a {type(value).__name__}, expected an object."
         )
     return value
-
-
-def read_tensors(folder):
-    """Stream the weights of a Gemma 2 folder as Keras variables.
-
-    Names, shapes and dtypes of all shards are checked before this returns, so
-    that a bad folder is refused whole and before anything is loaded; after
-    that one tensor is in memory at a time.
-
-    Args:
-        folder: holds `config.json` and `model.safetensors`, or shards with
-            `model.safetensors.index.json`.
-
-    Returns:
-        iterator of (Keras path, array) over every variable exactly once;
-        float16, float32 or `ml_dtypes.bfloat16` as stored.
-
-    Raises:
-        UserError: a shard, tensor or shape that is missing, unexpected,
-            truncated or wrong (all are listed), or a pickle-only folder.
-    """
-    folder = pathlib.Path(folder)
-    backbone = backbone_config(read_json(folder / "config.json"))
-    shards, listed = _shards(folder)
-    wrong = []
-    found = {}  # tensor name -> shard that holds it
-    expected = {
-        name: shape
-        for path, shape in variable_shapes(backbone).items()
-        for name, shape in [_stored(path, shape, backbone["head_dim"])]
-    }
-    for shard in shards:
-        try:
-            with safetensors.safe_open(folder / shard, "numpy") as file:
-                wrong += _check_shard(shard, file, expected, listed, found)
-        except (OSError, safetensors.SafetensorError) as error:
-            wrong.append(f"{shard}: missing, truncated or damaged ({error})")
-    wrong += [f"{n}: missing" for n in expected if n not in found]
-    if wrong:
-        raise UserError(
-            f"{folder} is not a whole Gemma 2 model:\n  "
-            + "\n  ".join(wrong)
-            + "\nFetch these files again, or check config.json."
-        )
-    return _stream(folder, found, backbone["head_dim"])
-
-
-def _stored(path, shape, head_dim):
-    # All strides are zero, so the reshapes in there copy nothing.
-    name, array = to_huggingface(path, np.broadcast_to(np.int8(0), shape))
-    return name, array.shape
-
-
-def _check_shard(shard, file, expected, listed, found):
-    """Complaints about one shard's header; notes its tensors in `found`."""
-    for name in file.keys():
-        if _IGNORED.fullmatch(name):
-            continue
-        part = file.get_slice(name)
-        shape, dtype = tuple(part.get_shape()), part.get_dtype()
-        if name not in expected:
-            yield f"{name}: unexpected in {shard}"
-        elif name in found:
-            yield f"{name}: in both {found[name]} and {shard}"
-        elif shape != expected[name]:
-            yield f"{name}: shape {shape}, expected {expected[name]}"
-        elif dtype not in FLOATS:
-            yield f"{name}: dtype {dtype}, expected {' '.join(FLOATS)}"
-        elif listed.get(name, shard) != shard:
-            yield f"{name}: in {shard}, the index says {listed[name]}"
-        found.setdefault(name, shard)
-
-
-def _shards(folder):
-    """Shard file names, and the index's {tensor: shard} ({} without index)."""
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"], {}
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        pickles = sorted(p.name for p in folder.glob("*.bin"))
-        if pickles:
-            raise UserError(
-                f"{folder} holds only pickled weights ({', '.join(pickles)}), "
-                "which can run code when opened. Convert them with "
-                "transformers: AutoModelForCausalLM.from_pretrained(folder)"
-                ".save_pretrained(new_folder, safe_serialization=True)"
-            )
-        raise UserError(
-            f"{folder} has neither model.safetensors nor "
-            "model.safetensors.index.json. Fetch the weights again."
-        )
-    listed = read_json(index).get("weight_map")
-    if type(listed) is not dict or not listed:
-        raise UserError(f"{index} has no weight_map. Fetch the file again.")
-    shards = sorted({str(shard) for shard in listed.values()})
-    outside = [s for s in shards if not _SHARD_NAME.fullmatch(s)]
-    if outside:
-        raise UserError(
-            f"{index} names shards that are not plain .safetensors file "
-            f"names: {', '.join(map(repr, outside))}. The file was tampered "
-            "with or damaged: fetch it again from a source you trust."
-        )
-    return shards, listed
-
-
-def _stream(folder, found, head_dim):
-    headers = {
-        shard: tensors.header(folder / shard)[0] for shard in {*found.values()}
-    }
-    for name, shard in found.items():
-        array = tensors.read(folder / shard, headers[shard][name])
-        yield to_keras(name, array, head_dim=head_dim)

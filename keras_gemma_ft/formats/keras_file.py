@@ -12,6 +12,7 @@ by 1. Files are untrusted: nothing but plain, local datasets of the expected
 shape is read.
 """
 
+import io
 import pathlib
 
 import h5py
@@ -82,7 +83,9 @@ def write_keras(path, adapter, layer_index):
         low_rank.scale(adapter.rank, adapter.alpha, adapter.rslora)
     )
     alike = {target: pair for (_, target), pair in adapter.weights.items()}
-    with replacing(path) as partial, h5py.File(partial, "w") as file:
+    # In memory first: HDF5's own error of a full disk names no file.
+    whole = io.BytesIO()
+    with h5py.File(whole, "w") as file:
         file["lora/vars/rank"] = rank
         for (layer, target), index in layer_index.items():
             if target not in adapter.targets:
@@ -93,6 +96,8 @@ def write_keras(path, adapter, layer_index):
             pair = low_rank.to_stock(adapter.style, target, a, b * factor, rank)
             for name, value in zip(_KERNELS, pair):
                 file[f"lora/{index}/vars/{name}"] = value
+    with replacing(path, whole.getbuffer().nbytes) as partial:
+        partial.write_bytes(whole.getbuffer())
 
 
 def read_keras(path, backbone, *, targets=None, base=""):

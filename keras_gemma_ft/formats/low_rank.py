@@ -39,6 +39,9 @@ class Adapter:
         base: name of the preset that it was trained on.
         init: of `config.Lora`; other than "default": what training changed,
             of twice its rank, made by `difference`.
+        folded: whether the layers of a foreign file had different scales,
+            which B now holds. The numbers are the file's, but a step of an
+            optimizer on B would not be a step on the file's own B.
     """
 
     style: str
@@ -50,6 +53,7 @@ class Adapter:
     weights: dict
     base: str = ""
     init: str = "default"
+    folded: bool = False
 
 
 def scale(rank, alpha, rslora=False):

@@ -37,7 +37,16 @@ model = PeftModel.from_pretrained(base, "this folder")
 ```
 
 vLLM: {vllm}.
-{patterns}{started}{notes}"""
+{asked}{patterns}{started}{notes}"""
+
+_ASKED = """
+## Ask it as it was taught
+
+`python -m keras_gemma_ft.generate --adapter=FOLDER` does all of this by
+itself: it reads `keras_gemma_ft.json`, which lies in this folder.
+
+{points}
+"""
 
 _PATTERNS = """
 Layers differ in rank (`rank_pattern`); a reader must take each layer's alpha
@@ -87,13 +96,88 @@ def vllm_note(rank):
     )
 
 
-def model_card(adapter, config, notes=""):
+def asked(usage):
+    """Markdown that says how a tuned model is to be asked.
+
+    Args:
+        usage: `usage.Usage`, as `usage.describe` makes it.
+    """
+    told = usage.told
+    settings, trained = told["settings"], told["trained"]
+    points = [_template(settings["data.template"], usage.jinja)]
+    if settings["data.system"]:
+        text = _quoted(settings["data.system"])
+        points.append(f"This system text stands before the question:\n{text}")
+    layout = trained["layout"]
+    if layout:
+        fields = ", ".join(f"{k} = `{v}`" for k, v in layout["fields"].items())
+        points.append(
+            f"Its records were of the format `{layout['format']}` ({fields})."
+        )
+    length = settings["data.sequence_length"]
+    points.append(f"It was trained on rows of {length} tokens.")
+    points.append(_base(told["base"], trained))
+    for parent in told["parents"]:
+        points.append(
+            f"Its training went on from the adapter `{parent['name']}` "
+            f"({parent.get('when', 'time not known')}), trained over "
+            f"`{parent['base'] or 'a base that is not recorded'}`, whose "
+            f"weights have the sha256 `{parent['sha256']}`."
+        )
+    lines = "\n".join(f"- {point}" for point in points)
+    return _ASKED.format(points=lines)
+
+
+def _template(template, jinja):
+    if jinja:
+        return (
+            "Prompts are written by the chat template `template.jinja`, which "
+            "lies in this folder."
+        )
+    if template == "gemma":
+        return (
+            "Prompts are written in Gemma's turns, as the chat template of "
+            "`google/gemma-2-2b-it` writes them."
+        )
+    return (
+        "Prompts are written in this form, which is not Gemma's turns. The "
+        "question takes the place of the first name in braces; the model "
+        f"writes what the last one stands for:\n{_quoted(template)}"
+    )
+
+
+def _quoted(text):
+    """A text as an indented block of code, which it cannot end."""
+    text = text.replace("\\n", "\n").replace("\\t", "\t")
+    return (
+        "\n" + "\n".join(f"      {line}" for line in text.splitlines()) + "\n"
+    )
+
+
+def _base(base, trained):
+    """What it was trained over, and how that was stored."""
+    kinds = {
+        "kernels": trained["quantize"],
+        "token table": trained["quantize_embedding"],
+    }
+    stored = [f"the {part} in {kind}" for part, kind in kinds.items()
+              if kind != "none"]  # fmt: skip
+    return (
+        f"It was trained over `{base['preset']}`, computed in "
+        f"{base['dtype']}, with "
+        + (" and ".join(stored) or "weights that were not quantised")
+        + "."
+    )
+
+
+def model_card(adapter, config, notes="", usage=None):
     """Text of the README.md.
 
     Args:
         adapter: `low_rank.Adapter`.
         config: dict of its `adapter_config.json`.
         notes: Markdown for the end.
+        usage: `usage.Usage`: how the model is to be asked, if it is known.
     """
     base = config["base_model_name_or_path"]
     front = ["library_name: peft", "tags:\n- lora\n- gemma2"]
@@ -116,6 +200,7 @@ def model_card(adapter, config, notes=""):
         peft_rank=config["r"],
         base_code=json.dumps(base or "the base model"),
         vllm=vllm_note(config["r"]),
+        asked=asked(usage) if usage else "",
         patterns=_PATTERNS if config["rank_pattern"] else "",
         started=_STARTED.format(start=start, doubled=adapter.rank)
         if start

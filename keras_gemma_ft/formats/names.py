@@ -8,17 +8,13 @@ and norm weights are stored alike (both multiply by 1 + scale).
 
 import re
 
-from keras_gemma_ft.config import UserError
+from keras_gemma_ft.config import PEFT_NAMES, TARGET_GROUPS, UserError
 
+_ATTENTION = TARGET_GROUPS["attention"]
 # Keras layer name of a LoRA target -> module inside `model.layers.{i}`.
 MODULES = {
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "attention_output": "self_attn.o_proj",
-    "ffw_gating": "mlp.gate_proj",
-    "ffw_gating_2": "mlp.up_proj",
-    "ffw_linear": "mlp.down_proj",
+    name: f"{'self_attn' if name in _ATTENTION else 'mlp'}.{peft}"
+    for name, peft in PEFT_NAMES.items()
 }
 _NORMS = {
     "pre_attention_norm": "input_layernorm",
@@ -26,7 +22,6 @@ _NORMS = {
     "pre_ffw_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_ATTENTION = ("query", "key", "value", "attention_output")
 _BLOCK = {f"{k}/scale": f"{v}.weight" for k, v in _NORMS.items()} | {
     f"{'attention/' if k in _ATTENTION else ''}{k}/kernel": f"{v}.weight"
     for k, v in MODULES.items()

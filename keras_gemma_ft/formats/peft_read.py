@@ -14,7 +14,6 @@ import safetensors
 
 from keras_gemma_ft.config import UserError
 from keras_gemma_ft.formats import low_rank
-from keras_gemma_ft.formats.huggingface import FLOATS
 from keras_gemma_ft.formats.names import MODULES, kernel_shapes
 from keras_gemma_ft.formats.peft_config import (
     CONFIG,
@@ -24,6 +23,7 @@ from keras_gemma_ft.formats.peft_config import (
     read_config,
 )
 from keras_gemma_ft.formats.peft_write import HEADER, WEIGHTS
+from keras_gemma_ft.formats.shards import FLOATS
 
 _TARGETS = {module: target for target, module in MODULES.items()}
 # "model." is absent where a Gemma2Model without head was tuned; ".default"
@@ -259,6 +259,7 @@ def _foreign(folder, config, pairs, backbone):
         targets=low_rank.ordered(target for _, target in pairs),
         weights=weights,
         base=str(config.get("base_model_name_or_path") or ""),
+        folded=fold,
     )
 
 

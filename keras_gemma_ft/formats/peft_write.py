@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from keras_gemma_ft.config import UserError
 from keras_gemma_ft.formats import low_rank
+from keras_gemma_ft.formats import usage as travelling
 from keras_gemma_ft.formats.atomic import replacing
 from keras_gemma_ft.formats.model_card import model_card
 from keras_gemma_ft.formats.names import MODULES
@@ -24,7 +25,7 @@ _CARD = "README.md"
 HEADER = "keras_gemma_ft"
 
 
-def write_peft(folder, adapter, *, notes=""):
+def write_peft(folder, adapter, *, notes="", usage=None):
     """Write a folder that `peft.PeftModel.from_pretrained` reads.
 
     Args:
@@ -32,6 +33,7 @@ def write_peft(folder, adapter, *, notes=""):
             adapter and nothing else.
         adapter: `low_rank.Adapter`, either style.
         notes: Markdown put at the end of the model card.
+        usage: `usage.Usage` that travels with it.
 
     Raises:
         UserError: `folder` exists and holds other files.
@@ -47,18 +49,21 @@ def write_peft(folder, adapter, *, notes=""):
             tensors[key] = np.ascontiguousarray(value, dtype="float32")
         ranks[module] = len(pair[0])
     config = peft_config(adapter, ranks)
-    card = model_card(adapter, config, notes)
-    with replacing(folder) as partial:
+    card = model_card(adapter, config, notes, usage)
+    data = _serialize(tensors, adapter)
+    with replacing(folder, len(data)) as partial:
         partial.mkdir()
-        (partial / WEIGHTS).write_bytes(_serialize(tensors, adapter))
+        (partial / WEIGHTS).write_bytes(data)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (partial / _CARD).write_text(card, encoding="utf-8")
+        if usage:
+            travelling.write(partial, usage)
 
 
 def _check_replaceable(folder):
     if not folder.exists():
         return
-    known = {CONFIG, WEIGHTS, _CARD}
+    known = {CONFIG, WEIGHTS, _CARD, travelling.FILE, travelling.JINJA}
     held = {p.name for p in folder.iterdir()} if folder.is_dir() else {"file"}
     if held - known:
         raise UserError(
@@ -72,7 +77,7 @@ def _serialize(tensors, adapter):
     fields = {
         f.name: getattr(adapter, f.name)
         for f in dataclasses.fields(adapter)
-        if f.name != "weights"
+        if f.name not in ("weights", "folded")
     }
     # In PEFT's matrices heads cannot be told apart. They are the first axis
     # of a Keras A, the second of a standard B.

@@ -4,17 +4,18 @@ import sys
 
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import templates, tokens
-from keras_gemma_ft.inference import sampling
-from keras_gemma_ft.model import hosts, lora, presets
+from keras_gemma_ft.inference import sampling, taught
+from keras_gemma_ft.model import hosts
 
 
 def load(cfg):
-    """A `Session` of `cfg`'s preset, with `cfg.adapter` if it is given."""
+    """A `Session` of `cfg`'s preset, with `cfg.adapter` if it is given.
+
+    What travels with the adapter is used where `cfg` does not say otherwise.
+    """
     hosts.start(cfg)
     with hosts.agreed():
-        loaded = presets.open(cfg)
-        if cfg.adapter:
-            lora.load(loaded.causal_lm.backbone, cfg.adapter)
+        cfg, loaded = taught.load(cfg)
     return Session(loaded, cfg)
 
 
@@ -23,12 +24,14 @@ class Session:
 
     Args:
         loaded: `presets.Loaded`.
-        cfg: `config.Config`; its generate section and data.template count.
+        cfg: `config.Config`; its generate section, data.template and
+            data.system count.
     """
 
     def __init__(self, loaded, cfg):
         self.tokenizer, self.settings = loaded.tokenizer, cfg.generate
         self.template = templates.load(cfg.data.template)
+        self.system = cfg.data.system
         self.generator = sampling.Generator(
             loaded.causal_lm, loaded.tokenizer, cfg.generate, seed=cfg.seed
         )
@@ -37,7 +40,7 @@ class Session:
         """Token ids of a prompt (str) or of a conversation's messages."""
         if self.settings.raw:
             return [self.tokenizer.bos, *self.tokenizer.encode(question)]
-        segments = templates.prompt(question, self.template)
+        segments = templates.prompt(question, self.template, system=self.system)
         return tokens.encode([segments], self.tokenizer)[0].token_ids
 
     def answer(self, prompts):

@@ -16,7 +16,7 @@ import numpy as np
 
 from keras_gemma_ft import config, embedded, runtime
 from keras_gemma_ft.data import tokens
-from keras_gemma_ft.formats import huggingface, names
+from keras_gemma_ft.formats import huggingface, names, shards
 from keras_gemma_ft.model import cache, sharding, weights
 
 _CREDENTIALS = (
@@ -197,7 +197,7 @@ def resolve(preset):
     ]
     raise config.UserError(
         f"--preset={preset}: no such preset or folder."
-        f"{config.did_you_mean(preset, known)} Known: {', '.join(known)}; or "
+        f"{config.preset_hint(preset, known)} Known: {', '.join(known)}; or "
         f"a folder, hf://owner/name, kaggle://owner/model/keras/variant."
     )
 
@@ -301,7 +301,7 @@ def _cure(source, error):
 
 def _read_huggingface(folder, dtype):
     """A backbone filled from safetensors, one tensor in memory at a time."""
-    stream = huggingface.read_tensors(folder)
+    stream = shards.read_tensors(folder)
     backbone = _huggingface_backbone(folder, dtype)
     variables = {
         v.path.removeprefix(f"{backbone.name}/"): v for v in backbone.variables

@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_gemma_ft.model import attention, forward, quantize, sharding
 from keras_gemma_ft.planning import devices, shapes
-from keras_gemma_ft.tuning import adamw8, loss
+from keras_gemma_ft.tuning import adamw8, chunks, loss
 
 # Numbers that an optimizer keeps for each trained one.
 _SLOTS = {
@@ -205,7 +205,7 @@ def logits(step):
         compiled=compiled,
     )  # fmt: skip
     if by_words:
-        words = min(words, loss.CHUNK_BYTES // (4 * max(tokens, d)))
+        words = min(words, chunks.BYTES // (4 * max(tokens, d)))
     elif step.split != (1, 1):
         batch, model = step.split
         words //= model if model > 1 else batch

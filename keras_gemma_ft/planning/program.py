@@ -19,7 +19,7 @@ import numpy as np
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import pipeline
 from keras_gemma_ft.model import sharding
-from keras_gemma_ft.tuning import trainer
+from keras_gemma_ft.tuning import fine_tuner, trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def model(cfg, settings, dtype):
         dtype: of the frozen weights and the matmuls.
 
     Returns:
-        `trainer.FineTuner`, built; its large variables have no value.
+        `fine_tuner.FineTuner`, built; its large variables have no value.
     """
     import jax
 
@@ -96,7 +96,7 @@ def lower(tuner, batch):
     """Keras's own JAX train step of a compiled `keras.Model`, traced.
 
     Args:
-        tuner: `trainer.FineTuner`, or any Keras model that is compiled, with
+        tuner: `fine_tuner.FineTuner`, or any Keras model that is compiled, with
             values or, after `on_mesh`, without.
         batch: what `fit` would be given for one step: arrays, or
             `jax.ShapeDtypeStruct`s.

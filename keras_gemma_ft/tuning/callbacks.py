@@ -240,9 +240,10 @@ def save_best(folder, tuner, best):
     if not hosts.first():
         return
     facts = {key: str(value) for key, value in best.items()}
-    with atomic.replacing(folder.path / "best.safetensors") as partial:
-        # Not save_file: its files are for the owner's eyes only.
-        partial.write_bytes(safetensors.save(arrays, metadata=facts))
+    # Not save_file: its files are for the owner's eyes only.
+    data = safetensors.save(arrays, metadata=facts)
+    with atomic.replacing(folder.path / "best.safetensors", len(data)) as path:
+        path.write_bytes(data)
 
 
 def load_best(folder, tuner):

@@ -18,7 +18,7 @@ from keras_gemma_ft.formats import atomic
 from keras_gemma_ft.model import hosts
 
 
-def _variables(tuner):
+def variables(tuner):
     """{name: variable} of everything that changes during a run."""
     named = {}
     groups = {
@@ -43,14 +43,15 @@ def save(run_dir, tuner, facts):
     """
     arrays = {
         name: hosts.whole(variable.value)
-        for name, variable in _variables(tuner).items()
+        for name, variable in variables(tuner).items()
     }
     if not hosts.first():
         return
     folder = pathlib.Path(run_dir) / "checkpoints"
-    with atomic.replacing(folder / f"{facts['step']:08d}") as partial:
+    data = safetensors.save(arrays)
+    final = folder / f"{facts['step']:08d}"
+    with atomic.replacing(final, len(data)) as partial:
         partial.mkdir()
-        data = safetensors.save(arrays)
         (partial / "state.safetensors").write_bytes(data)
         state = {
             **facts,
@@ -130,7 +131,7 @@ def restore(folder, tuner):
             difference is listed.
     """
     arrays = load(folder / "state.safetensors")
-    named = _variables(tuner)
+    named = variables(tuner)
     wrong = [f"{name}: not in this run" for name in arrays.keys() - named]
     for name, variable in named.items():
         if name not in arrays:

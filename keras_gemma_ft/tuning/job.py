@@ -1,17 +1,29 @@
 """What a run works on: its rows, and its durations in optimizer steps."""
 
 import dataclasses
+import datetime
 
 import numpy as np
 
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import pipeline, prepared, proof
+from keras_gemma_ft.formats import usage
 from keras_gemma_ft.model import sharding
 
 
 @dataclasses.dataclass
 class Job:
-    """The data of a run and its durations, in optimizer steps."""
+    """The data of a run, its durations, and what will travel with its result.
+
+    Attributes:
+        cfg: `config.Config` of the run.
+        tokenizer: `data.tokens.Tokenizer`.
+        rows: the training rows.
+        held_out: the rows to evaluate on, or None.
+        steps: optimizer steps of the whole run.
+        steps_per_epoch: optimizer steps of one pass over the training rows.
+        usage: how the tuned model is to be asked.
+    """
 
     cfg: config.Config
     tokenizer: object
@@ -19,10 +31,17 @@ class Job:
     held_out: object
     steps: int
     steps_per_epoch: int
+    usage: usage.Usage
 
     @classmethod
-    def prepare(cls, cfg, loaded):
-        """Reads and packs the data of `cfg` with `loaded`'s tokenizer."""
+    def prepare(cls, cfg, loaded, parents=()):
+        """Reads and packs the data of `cfg` with `loaded`'s tokenizer.
+
+        Args:
+            cfg: `config.Config`.
+            loaded: `presets.Loaded`.
+            parents: facts of the adapters that the run goes on from.
+        """
         rows = pipeline.prepare(cfg.data, loaded.tokenizer, "train", cfg.seed)
         held = pipeline.prepare(cfg.data, loaded.tokenizer, "eval", cfg.seed)
         each = pipeline.steps(rows, cfg.data.batch_size)
@@ -36,7 +55,8 @@ class Job:
         for note in dict.fromkeys(part.origin.note for part in parts.values()):
             if note:
                 runtime.say(note)
-        return cls(cfg, loaded.tokenizer, rows, held, steps, each)
+        travels = _usage(cfg, loaded, rows.report.get("layout"), parents)
+        return cls(cfg, loaded.tokenizer, rows, held, steps, each, travels)
 
     def duration(self, text):
         """Optimizer steps that a duration such as `25 %` means here."""
@@ -89,6 +109,42 @@ class Job:
             here = lengths[rows].sum(), learned[rows].sum()
             seen[step + 1] = seen[step] + here
         return lambda step: (int(seen[step][0]), int(seen[step][1]))
+
+
+def _usage(cfg, loaded, layout, parents):
+    """`usage.Usage` of what the run makes.
+
+    Args:
+        cfg, loaded, parents: as of `Job.prepare`.
+        layout: {"format", "fields"} as which the records were read, or None.
+    """
+    lora = cfg.lora
+    return usage.describe(
+        cfg,
+        base={
+            "preset": cfg.preset,
+            "sha256": loaded.fingerprint,
+            "dtype": loaded.causal_lm.backbone.dtype_policy.name,
+        },
+        trained={
+            "layout": layout,
+            "quantize": cfg.model.quantize,
+            "quantize_embedding": cfg.model.quantize_embedding,
+            "lora": lora.rank
+            and {
+                "style": lora.style,
+                "rank": lora.rank,
+                "alpha": lora.alpha or float(lora.rank),
+                "rslora": lora.rslora,
+                "init": lora.init,
+                "targets": list(config.targets(lora)),
+            },
+        },
+        when=datetime.datetime.now(datetime.timezone.utc).isoformat(
+            "T", "seconds"
+        ),
+        parents=parents,
+    )
 
 
 def _sentence(part):

@@ -5,8 +5,9 @@ import time
 import keras
 
 from keras_gemma_ft import runtime
-from keras_gemma_ft.formats import adapters, atomic
+from keras_gemma_ft.formats import adapters, atomic, usage
 from keras_gemma_ft.model import hosts, lora, presets
+from keras_gemma_ft.tuning import room
 
 
 def summary(cfg, tuner, clock, backend, began):
@@ -113,20 +114,28 @@ def finish(cfg, folder, tuner, job, before, after, facts):
     show(samples)
     if cfg.lora.rank:
         if hosts.first():
-            write_adapters(folder.path, tuner.backbone)
+            write_adapters(folder.path, tuner.backbone, job.usage)
     else:
         hosts.fetch(tuner.backbone.variables)
         if hosts.first():
-            with atomic.replacing(folder.path / "model") as partial:
+            wanted = room.size(tuner.backbone.variables)
+            with atomic.replacing(folder.path / "model", wanted) as partial:
                 presets.save(partial, tuner.backbone, job.tokenizer)
+                usage.write(partial, job.usage)
     folder.write("summary.json", facts)
     runtime.say(f"all of it is in {folder.path}")
 
 
-def write_adapters(path, backbone):
-    """adapter/ (PEFT) and adapter.lora.h5 (stock KerasHub)."""
+def write_adapters(path, backbone, travels=None):
+    """adapter/ (PEFT) and adapter.lora.h5 (stock KerasHub).
+
+    Args:
+        path: the folder for both.
+        backbone: with LoRA.
+        travels: `usage.Usage` that is written beside the PEFT files.
+    """
     adapter = lora.read(backbone)
-    adapters.write_peft(path / "adapter", adapter)
+    adapters.write_peft(path / "adapter", adapter, usage=travels)
     index = adapters.layer_index(backbone.num_layers)
     adapters.write_keras(path / "adapter.lora.h5", adapter, index)
 

@@ -7,6 +7,7 @@ process 0 reads and writes it for all; the others need not see its disk.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import pathlib
 import shutil
@@ -20,6 +21,8 @@ _FREE = {
     "run_dir",
     "resume",
     "backend",
+    # Its content counts, not where it lies.
+    "adapter",
     "mesh",
     "model.remat",
     "model.scan",
@@ -35,6 +38,8 @@ _FREE = {
     "train.time_budget",
     "train.keep_checkpoints",
 }
+# Parts of config.json that must be equal for a run to go on.
+_COMPARED = ("settings", "preset", "tokenizer", "data", "adapter", "template")
 _OWN = (
     "checkpoints",
     "adapter",
@@ -176,11 +181,7 @@ class RunFolder:
 
     def write(self, name, value):
         """`value` as the JSON file `name`, complete or absent."""
-        if not hosts.first():
-            return
-        with atomic.replacing(self.path / name) as partial:
-            text = json.dumps(value, indent=1, ensure_ascii=False)
-            partial.write_text(text + "\n", encoding="utf-8")
+        self._write(name, json.dumps(value, indent=1, ensure_ascii=False))
 
     def read(self, name):
         """The JSON file `name`; None where it is absent."""
@@ -191,18 +192,21 @@ class RunFolder:
 
     def write_lines(self, name, values):
         """`values` as the JSONL file `name`, complete or absent."""
-        if not hosts.first():
-            return
-        with atomic.replacing(self.path / name) as partial:
-            lines = [json.dumps(v, ensure_ascii=False) for v in values]
-            partial.write_text("".join(f"{x}\n" for x in lines), "utf-8")
+        lines = [json.dumps(v, ensure_ascii=False) for v in values]
+        self._write(name, "\n".join(lines))
+
+    def _write(self, name, text):
+        data = f"{text}\n".encode() if text else b""
+        if hosts.first():
+            with atomic.replacing(self.path / name, len(data)) as partial:
+                partial.write_bytes(data)
 
     def append(self, line):
         """One line of metrics.jsonl."""
         if not hosts.first():
             return
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        data = f"{json.dumps(line)}\n".encode()
+        atomic.append(self.path / "metrics.jsonl", data)
 
     def metrics(self):
         """The lines of metrics.jsonl; a torn last line is left out."""
@@ -256,10 +260,12 @@ class RunFolder:
 
 def _differences(old, new):
     """Lines that say how two descriptions of a run differ."""
-    for section in ("settings", "preset", "tokenizer", "data"):
+    for section in _COMPARED:
         before, after = old.get(section), new.get(section)
         if section != "settings":
-            if before != after:
+            if None in (before, after) and before != after:
+                yield f"  {section}: only {'now' if before is None else 'there'}"
+            elif before != after:
                 yield f"  {section}: its content has changed"
             continue
         for path in sorted({*before, *after} - _FREE):
@@ -270,13 +276,27 @@ def _differences(old, new):
                 )
 
 
-def describe(cfg, backend, loaded, data):
-    """What config.json holds: settings, versions and fingerprints."""
-    return {
+def describe(cfg, backend, loaded, job, parent=None):
+    """What config.json holds: settings, versions and fingerprints.
+
+    Args:
+        cfg: `config.Config`.
+        backend: Keras's name.
+        loaded: `presets.Loaded`.
+        job: `job.Job`.
+        parent: sha256 of the adapter that the run goes on from, or None.
+    """
+    found = {
         "settings": config.flatten(cfg),
         "backend": backend,
         "versions": runtime.versions(),
         "preset": loaded.fingerprint,
         "tokenizer": loaded.tokenizer.fingerprint,
-        "data": data,
+        "data": job.fingerprints(),
     }
+    if parent:
+        found["adapter"] = parent
+    if job.usage.jinja:
+        source = job.usage.jinja.encode()
+        found["template"] = hashlib.sha256(source).hexdigest()
+    return found

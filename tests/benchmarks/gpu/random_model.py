@@ -89,10 +89,10 @@ def trace():
     from torch._dynamo.backends import debugging
 
     from keras_gemma_ft.model import compiled
-    from keras_gemma_ft.tuning import loss
+    from keras_gemma_ft.tuning import chunks
 
     compiled.inductor = debugging.aot_eager_decomp_partition
-    loss._compiled = lambda: loss.losses_and_dz
+    chunks._compiled = lambda: chunks.losses_and_dz
 
 
 def transformers_model(sizes, dtype, device, in_4_bits=False):
