@@ -111,18 +111,27 @@ def preset_hint(text, known=()):
     """
     gemma = _GEMMA.fullmatch(text)
     if gemma:
-        owner, name, size, tuned, four_bits = gemma.groups()
-        near = [
-            f"hf://{owner or 'google/'}{name}",
-            f"gemma2_{'instruct_' if tuned else ''}{size.lower()}_en",
-        ]
-        if four_bits:
-            # Their codes are of a library that we do not use; ours are made.
-            near = [f"{name} --model.quantize=nf4" for name in near]
-        return f" Did you mean: --preset={' or --preset='.join(near)}?"
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text):
-        return f" Did you mean the model on Hugging Face: hf://{text}?"
+        _, _, size, tuned, four_bits = gemma.groups()
+        instruct = "instruct_" if tuned else ""
+        near = [hub_handle(text), f"gemma2_{instruct}{size.lower()}_en"]
+        # Their codes are of a library that we do not use; ours are made.
+        more = " --model.quantize=nf4" if four_bits else ""
+        near = [f"--preset={name}{more}" for name in near]
+        return f" Did you mean: {' or '.join(near)}?"
+    if (handle := hub_handle(text)) != text:
+        return f" Did you mean the model on Hugging Face: {handle}?"
     return did_you_mean(text, known)
+
+
+def hub_handle(text):
+    """hf://owner/name of what seems to be a model there; else `text`."""
+    gemma = _GEMMA.fullmatch(text)
+    if gemma:
+        return f"hf://{gemma[1] or 'google/'}{gemma[2]}"
+    owned = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text)
+    if owned and not pathlib.Path(text).exists():
+        return f"hf://{text}"
+    return text
 
 
 def cache_folder(name):
