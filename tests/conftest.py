@@ -34,6 +34,7 @@ ONCE = (
     "test_data_*.py",
     "test_embedded_demo.py",
     "test_formats_*.py",
+    "test_pages.py",
     "test_runtime.py",
     "test_workers.py",
 )

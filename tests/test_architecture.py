@@ -170,8 +170,37 @@ def test_every_module_is_reached_from_a_test():
     assert not missing, f"no test reaches {', '.join(missing)}"
 
 
-def test_the_readmes_tree_names_every_module():
-    tree = (PACKAGE.parent / "README.md").read_text("utf-8")
-    named = set(re.findall(r"^ +(\w+\.py) ", tree, re.M))
-    there = {path.name for path in FILES.values()} - {"__init__.py"}
-    assert named == there
+def tree(folder=PACKAGE, depth=1):
+    """The lines of the package's README that name every module."""
+
+    def line(name, path):
+        told = ast.get_docstring(ast.parse(path.read_text())) or ""
+        return f"{'  ' * depth}{name:{22 - 2 * depth}}  {told.splitlines()[0]}"
+
+    inner = [path for path in folder.iterdir() if (path / PARTS).exists()]
+    lines = [
+        line(path.name, path)
+        for path in sorted(folder.glob("*.py"))
+        if path.name != PARTS
+    ]
+    for path in sorted(inner):
+        lines.append(line(f"{path.name}/", path / PARTS))
+        lines += tree(path, depth + 1)
+    return lines
+
+
+PARTS = "__init__.py"
+MAP = re.compile(rf"(?s)(?<=\n```\n{NAME}/\n).*?(?=```\n)")
+
+
+def test_the_packages_readme_names_every_module():
+    text = (PACKAGE / "README.md").read_text("utf-8")
+    [there] = MAP.findall(text)
+    # `python tests/test_architecture.py` writes it.
+    assert there.splitlines() == tree()
+
+
+if __name__ == "__main__":
+    page = PACKAGE / "README.md"
+    lines = "".join(f"{line}\n" for line in tree())
+    page.write_text(MAP.sub(lambda _: lines, page.read_text("utf-8")), "utf-8")

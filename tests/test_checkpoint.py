@@ -278,7 +278,7 @@ def test_a_run_killed_after_its_last_step_is_finished(
         assert summary[key] == expected[key], key
 
 
-@pytest.mark.once
+@pytest.mark.skipif(BACKEND != "torch", reason="Torch compiles nothing")
 def test_a_full_disk_stops_a_run_that_can_go_on(
     workshop,  # noqa: F811
     whole,

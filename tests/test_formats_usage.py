@@ -193,6 +193,8 @@ def test_a_file_that_lies_is_refused(run, settings, words):
     path = run(taught())
     file = path / "adapter" / usage.FILE
     told = json.loads(file.read_text())
+    # Not even with such a file beside it is another one read.
+    (path / "adapter" / usage.JINJA).write_text("{{ messages }}")
     told["settings"] = settings
     if settings is None:
         del told["settings"]

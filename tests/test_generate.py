@@ -138,6 +138,10 @@ def test_prompts_reach_the_model_in_gemmas_turns(scripted):
     assert (second.count(BOS), second.count(START)) == (1, 2)
     assert second.count(END) == 1
     session = scripted([EOS])
+    session.system = "Be brief."
+    session.answer(["Hi"])
+    assert session.asked == [[BOS, *turn("Be brief.\n\nHi")]]
+    session = scripted([EOS])
     session.settings = config.Generate(raw=True)
     session.answer(["Once upon"])
     assert session.asked == [[BOS, *SPM.encode("Once upon")]]

@@ -13,14 +13,23 @@ from test_checkpoint import BACKEND
 from test_formats_adapters import BACKBONE, edit_config, make
 from test_run import metrics, settings, workshop  # noqa: F401
 
-from keras_gemma_ft import command_line, config, runtime, train, workers
+from keras_gemma_ft import (
+    command_line,
+    config,
+    evaluate,
+    runtime,
+    train,
+    workers,
+)
 from keras_gemma_ft.formats import adapters, usage
 from keras_gemma_ft.inference import chat
 from keras_gemma_ft.tuning import parent
 
 # What is read, refused and written does not depend on the backend; that every
 # backend starts from the values is held in test_training_step.py.
-pytestmark = pytest.mark.once
+once = pytest.mark.once
+# Torch compiles nothing: a run of a few steps takes a second.
+runs = pytest.mark.skipif(BACKEND != "torch", reason="runs under Torch alone")
 TEMPLATE = "ask: {prompt}\\nsay: {response}"
 
 
@@ -43,6 +52,7 @@ def refused(adapter, *argv):
     return str(caught.value)
 
 
+@once
 def test_the_adapter_decides_what_is_not_typed(adapter):
     # The embedded model's recipe has rank 16, which nobody has typed.
     lora = settled(adapter).lora
@@ -57,6 +67,7 @@ def test_the_adapter_decides_what_is_not_typed(adapter):
     )
 
 
+@once
 def test_flags_that_contradict_it_are_refused_together(adapter):
     told = refused(
         adapter, "--lora.rank=4", "--lora.alpha=1", "--lora.rslora",
@@ -77,6 +88,7 @@ def test_flags_that_contradict_it_are_refused_together(adapter):
     )
 
 
+@once
 def test_a_run_does_not_write_over_its_parent(adapter, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(adapter, run / "adapter")
@@ -91,6 +103,7 @@ def test_a_run_does_not_write_over_its_parent(adapter, tmp_path):
         parent.stay_apart(dataclasses.replace(asked, adapter=path))
 
 
+@once
 def test_an_adapter_of_several_scales_is_refused(tmp_path):
     """B would hold the scales: a step on it is not a step on the file's B."""
     folder = tmp_path / "foreign"
@@ -115,6 +128,7 @@ def test_an_adapter_of_several_scales_is_refused(tmp_path):
     assert (found.rank, found.alpha) == (3, 6.0)
 
 
+@once
 def test_started_processes_leave_lora_to_the_adapter(adapter, monkeypatch):
     """All that they are told counts as typed."""
     cfg = command_line.from_flags([f"--adapter={adapter}", "--lora.rank=3"])
@@ -167,6 +181,7 @@ def weights(run):
     return (run / "adapter/adapter_model.safetensors").read_bytes()
 
 
+@runs
 def test_a_child_starts_where_its_parent_ended(family):
     old, new, _ = family
     was, now = summary(old), summary(new)
@@ -183,6 +198,7 @@ def test_a_child_starts_where_its_parent_ended(family):
     assert max(x["learning_rate"] for x in metrics(new, "loss")) <= 0.02
 
 
+@runs
 def test_the_chain_of_parents_travels(family):
     old, new, _ = family
     _, was = usage.find(old)
@@ -206,6 +222,7 @@ def test_the_chain_of_parents_travels(family):
     assert chain[0] == told
 
 
+@runs
 def test_a_child_that_resumes_does_not_start_over(
     family, tmp_path, monkeypatch, capfd
 ):
@@ -231,6 +248,23 @@ def test_a_child_that_resumes_does_not_start_over(
         train.train(config.replace(cfg, {"adapter": ""}))
 
 
+@runs
+def test_the_child_is_scored_as_it_was_taught(family, monkeypatch, capfd):
+    """On its own held-out records, in its template, over nf4."""
+    _, new, _ = family
+    monkeypatch.setattr(runtime, "start", lambda cfg: BACKEND)
+    argv = [f"--adapter={new}", "--train.samples=0", "--train.exact_match=0"]
+    found = evaluate.evaluate(command_line.from_flags(argv))
+    told = capfd.readouterr().err
+    assert f"as {new / 'adapter'} was taught: --preset=" in told
+    assert "--model.quantize=nf4" in told and "warning" not in told
+    np.testing.assert_allclose(
+        found["adapter"]["eval_loss"], summary(new)["eval_loss"], rtol=1e-6
+    )
+    assert found["base"]["eval_loss"] > found["adapter"]["eval_loss"]
+
+
+@runs
 def test_the_child_is_asked_in_its_template(family):
     old, new, _ = family
     cfg = command_line.from_flags([f"--adapter={new / 'adapter.lora.h5'}"])
