@@ -40,11 +40,12 @@ def _prompts(settings):
         text = path.read_text("utf-8")
         lines = [line for line in text.split("\n") if line.strip()]
         if path.suffix == ".jsonl":
-            lines = [json.loads(line)["prompt"] for line in lines]
+            lines = [_question(json.loads(line)) for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         raise config.UserError(
             f"--generate.prompt_file={path}: expected UTF-8, one prompt a "
-            f'line, or {{"prompt": "..."}} a line in a .jsonl '
+            f'line, or in a .jsonl {{"prompt": "..."}} or {{"messages": '
+            f'[...]}} a line, with "tools" if there are any '
             f"({type(error).__name__}: {error})."
         ) from None
     if not lines:
@@ -52,6 +53,18 @@ def _prompts(settings):
             f"--generate.prompt_file={path}: it holds no prompt."
         )
     return lines
+
+
+def _question(line):
+    """A line's prompt: a str, or with tools a dict of messages and tools."""
+    asked = line["messages"] if "messages" in line else line["prompt"]
+    if not isinstance(asked, (str, list)):
+        raise TypeError(f"{asked!r:.60} is neither a text nor a list of turns")
+    if not line.get("tools"):
+        return asked
+    if isinstance(asked, str):
+        asked = [{"role": "user", "content": asked}]
+    return {"messages": asked, "tools": line["tools"]}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from test_run import (  # noqa: F401
 )
 
 from keras_gemma_ft import config, generate, runtime
+from keras_gemma_ft.data import layouts, templates, tokens
 from keras_gemma_ft.inference import chat, sampling
 from keras_gemma_ft.model import lora, presets
 from keras_gemma_ft.tuning import results
@@ -273,9 +274,33 @@ def test_the_verb_takes_a_prompt_a_file_or_a_chat(cfg, tmp_path, monkeypatch):
     assert said == [["Hi"], ["one", "two\u2028still two"], "from stdin"]
 
 
+def test_conversations_and_tools_are_asked_as_they_are_learned(
+    cfg, session, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runtime, "start", lambda cfg: None)
+    asked = []
+    monkeypatch.setattr(chat, "load", lambda cfg: session)
+    monkeypatch.setattr(session, "answer", asked.extend)
+    turns = [{"role": "user", "content": "Hi"}]
+    tools = [{"type": "function", "function": {"name": "w"}}]
+    rows = [{"messages": turns}, {"prompt": "Hi", "tools": tools}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    values = {"generate.prompt_file": str(file)}
+    generate.generate(config.replace(cfg, values))
+    plain, offered = (session._ids(question).tolist() for question in asked)
+    assert plain == session._ids("Hi").tolist()
+    layout = layouts.recognise([{**rows[0], "tools": tools}])
+    record = {"messages": [*turns, {"role": "model", "content": "x"}]}
+    segments = templates.render({**record, "tools": tools}, layout)
+    whole = tokens.encode([segments], session.tokenizer)[0].token_ids.tolist()
+    assert offered == whole[: len(offered)] and len(offered) > len(plain)
+
+
 @pytest.mark.parametrize(
     "name, data, words",
     [
+        ("number.jsonl", b'{"prompt": 3}', ["TypeError", "neither a text"]),
         ("none.txt", None, ["no such file"]),
         ("empty.txt", b"\n \n", ["holds no prompt"]),
         ("bad.txt", b"\xff\xfe", ["UnicodeDecodeError", "expected UTF-8"]),

@@ -3,7 +3,7 @@
 import sys
 
 from keras_gemma_ft import config, runtime
-from keras_gemma_ft.data import templates, tokens
+from keras_gemma_ft.data import templates, tokens, turns
 from keras_gemma_ft.inference import sampling, taught
 from keras_gemma_ft.model import hosts
 
@@ -24,23 +24,33 @@ class Session:
 
     Args:
         loaded: `presets.Loaded`.
-        cfg: `config.Config`; its generate section, data.template and
-            data.system count.
+        cfg: `config.Config`; its generate section, data.template,
+            data.system and data.roles count.
     """
 
     def __init__(self, loaded, cfg):
         self.tokenizer, self.settings = loaded.tokenizer, cfg.generate
         self.template = templates.load(cfg.data.template)
         self.system = cfg.data.system
+        self.roles = turns.speakers(cfg.data.roles)
         self.generator = sampling.Generator(
             loaded.causal_lm, loaded.tokenizer, cfg.generate, seed=cfg.seed
         )
 
     def _ids(self, question):
-        """Token ids of a prompt (str) or of a conversation's messages."""
-        if self.settings.raw:
+        """Token ids of a prompt: a str, messages, or those with tools."""
+        if self.settings.raw and isinstance(question, str):
             return [self.tokenizer.bos, *self.tokenizer.encode(question)]
-        segments = templates.prompt(question, self.template, system=self.system)
+        tools = None
+        if isinstance(question, dict):
+            question, tools = question["messages"], question["tools"]
+        segments = templates.prompt(
+            question,
+            self.template,
+            system=self.system,
+            offered=tools,
+            roles=self.roles,
+        )
         return tokens.encode([segments], self.tokenizer)[0].token_ids
 
     def answer(self, prompts):
@@ -69,12 +79,12 @@ class Session:
                 "--generate.prompt=... or --generate.prompt_file=FILE."
             )
         runtime.say("chat: type a message; an empty line or Ctrl-D ends it")
-        messages, turns = [], []
+        messages, said = [], []
         while True:
             print("> ", end="", file=sys.stderr, flush=True)
             text = lines.readline().strip()
             if not text:
-                return turns
+                return said
             messages.append({"role": "user", "content": text})
             question = text if self.settings.raw else messages
             stream = _Stream(self.tokenizer)
@@ -84,7 +94,7 @@ class Session:
             stream.end()
             answer = self.tokenizer.decode(ids)
             messages.append({"role": "model", "content": answer})
-            turns.append({"prompt": text, "completion": answer})
+            said.append({"prompt": text, "completion": answer})
 
 
 class _Stream:
