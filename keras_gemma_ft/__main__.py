@@ -1,7 +1,7 @@
-"""Lists the verbs, or runs one: python -m keras_gemma_ft VERB --name=value.
+"""Lists the verbs, or runs the one that the command line names.
 
-It is the same as python -m keras_gemma_ft.VERB, and as the console command
-keras-gemma-ft VERB.
+`python -m keras_gemma_ft VERB` and the console command `keras-gemma-ft VERB`
+are the same as `python -m keras_gemma_ft.VERB`.
 """
 
 import importlib
