@@ -62,6 +62,11 @@ def test_a_verb_is_run_in_three_ways(argv):
     for way in (["-m", "keras_gemma_ft"], ["-c", CONSOLE]):
         other = run(*way, "generate", *argv)
         assert (other.returncode, other.stdout, other.stderr) == both
+    if argv == ["--help"]:
+        doc = importlib.import_module("keras_gemma_ft.generate").__doc__
+        assert asked.stdout == command_line.help_text(doc, "generate") + "\n"
+        full = run("-m", "keras_gemma_ft.generate", "--helpfull")
+        assert full.stdout == command_line.help_text(doc) + "\n"
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     script = setup["options.entry_points"]["console_scripts"].strip()

@@ -99,6 +99,8 @@ def _answer(flag, paths, batch):
         instead = rows and batch or _instead(word, flag.value)
         if not instead:
             return f" {word.note or 'That value needs no flag here.'}", []
+        if choices := _choices(instead[0]):
+            return f" Here it is one of {', '.join(choices)}.", []
         note = f" {word.note}" if rows else ""
         return f" Here it is {shlex.join(instead)}.{note}", instead
     if near := near_misses(flag.name, [*paths, "config"]):
@@ -107,6 +109,14 @@ def _answer(flag, paths, batch):
     if near := near_misses(flag.name, WORDS):
         return f" Did you mean: {', '.join(near)}?", []
     return " Nothing like it is known here.", []
+
+
+def _choices(typed):
+    """--path=choice of the setting of a `typed` flag, if it is none of them."""
+    name, _, value = typed.removeprefix("--").partition("=")
+    fields = {path: field for path, field, _ in walk(Config())}
+    choices = fields[name].metadata["choices"] or (value,)
+    return [] if value in choices else [f"--{name}={c}" for c in choices]
 
 
 def _own(flag, paths):
