@@ -40,7 +40,8 @@ def compiled(model, function):
         return torch.no_grad()(function)
     import tensorflow as tf
 
-    return tf.function(function)
+    # AutoGraph would read our source for 6 s, to find no Python to convert.
+    return tf.function(function, autograph=False)
 
 
 class Generator:
