@@ -95,6 +95,7 @@ VERBS = {
             "seed",
             "mesh",
             "generate",
+            "data.roles",
             "model.quantize_embedding",
             "model.quantize_cache",
             "hosts",

@@ -25,6 +25,7 @@ from keras_gemma_ft.tuning import (
     checkpoint,
     feed,
     fine_tuner,
+    identity,
     optimizer,
     parent,
     results,
@@ -141,14 +142,9 @@ def run(cfg, backend):
                 sources.names(spec)
     folder = run_folder.RunFolder(cfg.run_dir)
     with room.needed(folder.path), folder.locked():
-        with hosts.agreed():
-            loaded = presets.open(cfg, full=not cfg.lora.rank)
-            taught.say_doubt(cfg, loaded)
-            own = loaded.causal_lm.backbone.get_config()
-            goes_on = parent.read(cfg, own)
-            job = Job.prepare(cfg, loaded, goes_on.chain if goes_on else ())
-        description = run_folder.describe(
-            cfg, backend, loaded, job, goes_on and goes_on.sha256
+        loaded, origin, job = _load(cfg)
+        description = identity.describe(
+            cfg, backend, loaded, job, origin.sha256
         )
         resumed = folder.open(description, resume=cfg.resume)
         summary = folder.read("summary.json")
@@ -162,13 +158,22 @@ def run(cfg, backend):
             steps=job.steps,
             warmup=job.warmup,
             start=folder.path / "start.safetensors",
-            adapter=goes_on and goes_on.adapter,
+            adapter=origin.adapter,
         )
         runtime.say(
             f"training {tuner.trainable_count():,} parameters "
             f"for {job.steps} steps"
         )
         return _train(cfg, folder, job, tuner, began, backend)
+
+
+def _load(cfg):
+    """(`presets.Loaded`, `parent.Parent`, `Job`) of a run."""
+    with hosts.agreed():
+        loaded = presets.open(cfg, full=not cfg.lora.rank)
+        taught.say_doubt(cfg, loaded)
+        origin = parent.read(cfg, loaded.causal_lm.backbone.get_config())
+        return loaded, origin, Job.prepare(cfg, loaded, origin.chain)
 
 
 def _train(cfg, folder, job, tuner, began, backend):
