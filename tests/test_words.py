@@ -84,6 +84,11 @@ def to_type(text):
             "--model_name=unsloth/gemma-2-2b-it-bnb-4bit",
             "--preset=hf://unsloth/gemma-2-2b-it --model.quantize=nf4",
         ),
+        (
+            "--preset=google/gemma-2-2b-it --r=4 --backend=jax",
+            "--preset=hf://google/gemma-2-2b-it --lora.rank=4 --backend=jax",
+        ),
+        ("--preset=gemma2_2b_en --r=4", "--preset=gemma2_2b_en --lora.rank=4"),
         ("--dataset=tatsu-lab/alpaca", "--data.train=hf://tatsu-lab/alpaca"),
         ("--dataset=mine/own.jsonl", "--data.train=mine/own.jsonl"),
         ("--evals_per_epoch=4", "'--train.eval_every=0.25 epochs'"),

@@ -62,6 +62,8 @@ def unknown_flags(argv):
     lines, typed = [], []
     for flag in found:
         instead = [str(flag)]
+        if flag.name == "preset":  # Known, but perhaps not what it is given.
+            instead = _instead(WORDS["model"], flag.value)
         if flag.name not in _BESIDES and not named([flag]):
             said, instead = _answer(flag, paths, batch)
             lines.append(f"unknown flag --{flag.name}.{said}")
