@@ -17,21 +17,22 @@ from keras_gemma_ft import config, runtime
 def plan(cfg):
     """Returns the plan as a dict; a step that does not fit is a result."""
     from keras_gemma_ft.formats import usage
+    from keras_gemma_ft.planning import devices
 
     cfg = usage.settle(cfg, runtime.say)
     if cfg.compile:
         cfg = _for_compiling(cfg)
+    # An unknown name is refused before Keras takes its seconds.
+    device = None if cfg.device == "auto" else devices.device(cfg.device)
     backend = runtime.start(cfg)
     # After start: keras reads its backend when it is imported.
-    from keras_gemma_ft.planning import devices, report, search, shapes
+    from keras_gemma_ft.planning import report, search, shapes
     from keras_gemma_ft.tuning import parent
 
-    if cfg.device == "auto":
+    if device is None:
         device = search.here(backend)
-    else:
-        device = devices.device(cfg.device)
-        if device.kind == "tpu":
-            backend = "jax"
+    elif device.kind == "tpu":
+        backend = "jax"
     if cfg.device == "cpu" and cfg.mesh != "auto":
         device = devices.cpu(math.prod(config.mesh(cfg.mesh)))
     settings = shapes.of_preset(cfg.preset)
