@@ -31,8 +31,8 @@ FRAMEWORKS = {"keras", "keras_hub", "jax", "torch", "tensorflow"}
 # Heavy, or there on some machines only: imported where they are needed.
 LATE = FRAMEWORKS | {
     "datasets", "google", "gguf", "grain", "huggingface_hub", "jinja2",
-    "matplotlib", "pyarrow", "resource", "sentencepiece", "subprocess",
-    "tokamax", "tqdm",
+    "matplotlib", "mlflow", "pyarrow", "resource", "sentencepiece",
+    "subprocess", "tensorboardX", "tokamax", "tqdm", "wandb",
 }  # fmt: skip
 
 

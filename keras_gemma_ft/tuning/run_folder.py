@@ -37,6 +37,7 @@ _FREE = {
     "data.cache",
     "train.time_budget",
     "train.keep_checkpoints",
+    "train.trackers",
 }
 # Parts of config.json that must be equal for a run to go on.
 _COMPARED = ("settings", "preset", "tokenizer", "data", "adapter", "template")
@@ -53,6 +54,10 @@ _OWN = (
     "samples.jsonl",
     "curves.png",
     "config.json",
+    "trackers.json",
+    "tensorboard",
+    "wandb",
+    "mlruns",
 )
 
 
@@ -65,6 +70,8 @@ class RunFolder:
 
     def __init__(self, path):
         self.path = pathlib.Path(path).expanduser()
+        # Functions that get every metrics line on process 0.
+        self.listeners = []
         hosts.once(self._make)
 
     def _make(self):
@@ -207,6 +214,8 @@ class RunFolder:
             return
         data = f"{json.dumps(line)}\n".encode()
         atomic.append(self.path / "metrics.jsonl", data)
+        for tell in self.listeners:
+            tell(line)
 
     def metrics(self):
         """The lines of metrics.jsonl; a torn last line is left out."""
