@@ -59,39 +59,41 @@ def following(cfg, folder):
     if not names:
         yield
         return
-    known = folder.read("trackers.json") or {}
-    before = folder.metrics()
     # A run that goes on makes again what came after its checkpoint.
-    sent = {_key(line) for line in before}
-    trackers = {}
-    for name in names:
-        tracker = TRACKERS[name](
-            folder.path, config.flatten(cfg), known.get(name)
-        )
-        trackers[name] = tracker
-        for line in before if name not in known else ():
-            tracker.log(line["step"], numbers(line))
-    ids = {name: tracker.id for name, tracker in trackers.items()}
-    folder.write("trackers.json", {**known, **ids})
+    before = folder.metrics()
+    sent, trackers = {_key(line) for line in before}, []
+    ended = "failed"
 
     def tell(line):
         if _key(line) not in sent:
-            for tracker in trackers.values():
+            for tracker in trackers:
                 tracker.log(line["step"], numbers(line))
 
-    folder.listeners.append(tell)
-    ended = "failed"
     try:
+        for name in names:
+            trackers.append(_open(name, cfg, folder, before))
+        folder.listeners.append(tell)
         yield
         ended = "done"
     except runtime.Stopped:
         ended = "stopped"
         raise
     finally:
-        folder.listeners.remove(tell)
         facts = {} if ended == "failed" else folder.read("summary.json")
-        for tracker in trackers.values():
+        for tracker in trackers:
             tracker.close(facts, ended)
+
+
+def _open(name, cfg, folder, before):
+    """A tracker, on the run that trackers.json names or on a new one."""
+    known = folder.read("trackers.json") or {}
+    settings = config.flatten(cfg)
+    tracker = TRACKERS[name](folder.path, settings, known.get(name))
+    folder.write("trackers.json", {**known, name: tracker.id})
+    # One that the run has not had so far gets all that it has missed.
+    for line in before if name not in known else ():
+        tracker.log(line["step"], numbers(line))
+    return tracker
 
 
 def _key(line):
@@ -106,7 +108,8 @@ def numbers(line):
             inner = {f"{name}.{k}": v for k, v in value.items()}
             found |= numbers(inner)
         elif name != "step" and type(value) in (int, float):
-            found[name] = value
+            # MLflow asks TensorFlow, which is barred here, of whole numbers.
+            found[name] = float(value)
     return found
 
 
@@ -160,7 +163,7 @@ class WandB:
             self.run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", _PROJECT),
                 name=path.name,
-                id=id or wandb.util.generate_id(),
+                id=id,
                 resume="allow",
                 dir=str(path),
                 config=settings,
@@ -190,9 +193,11 @@ class MLflow:
     def __init__(self, path, settings, id):
         import mlflow
 
-        place = os.environ.get("MLFLOW_TRACKING_URI") or str(
-            (path / "mlruns").absolute().as_uri()
-        )
+        place = os.environ.get("MLFLOW_TRACKING_URI")
+        if not place:
+            place = (path / "mlruns").absolute().as_uri()
+            # MLflow 3 reads folders, and refuses to until it is told so.
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         self.client = mlflow.MlflowClient(tracking_uri=place)
         self.id = id or self._make(path.name, settings)
         self.client.update_run(self.id, status="RUNNING")
