@@ -22,6 +22,7 @@ import shutil
 import sys
 
 from keras_gemma_ft import command_line, config, runtime
+from keras_gemma_ft.config import hints
 from keras_gemma_ft.formats import atomic
 
 # The run whose model is in memory, so that the next one can free it.
@@ -75,13 +76,9 @@ def configure(settings):
         if isinstance(value, (list, tuple)):
             value = ",".join(map(str, value))
         text = str(value).lower() if type(value) is bool else str(value)
-        if name not in paths:
-            near = config.did_you_mean(name, paths)
-            # Names of other tools: the flags know them.
-            if not near:
-                command_line.from_flags([f"--{name}={text}"])
-            raise config.UserError(f"unknown setting {name}.{near}")
-        flags.append(f"--{paths[name]}={text}")
+        flags.append(f"--{paths.get(name, name)}={text}")
+    if given.keys() - paths:
+        raise config.UserError(_unknown(flags))
     cfg = command_line.from_flags(flags)
     if not records:
         return cfg
@@ -92,6 +89,15 @@ def configure(settings):
     return command_line.from_flags(
         flags + [f"--{path}={file}" for path, file in written.items()]
     )
+
+
+def _unknown(flags):
+    """What unknown keywords are told: what flags are, in keywords."""
+    told = hints.unknown_flags(flags).replace("unknown flag", "unknown setting")
+    lines = [x for x in told.splitlines() if not x.startswith("--help")]
+    for word, path in _paths().items():
+        lines = [re.sub(rf"(?<=[ ,]){path}\b", word, x) for x in lines]
+    return "\n".join(lines)
 
 
 def _paths():
