@@ -12,12 +12,14 @@ from absl import flags
 
 from keras_gemma_ft.config import (
     EMBEDDED_PRESET,
+    VERBS,
     Config,
     UserError,
     check,
     did_you_mean,
     expected,
     flatten,
+    hints,
     replace,
     typed,
     walk,
@@ -39,17 +41,53 @@ def _define_flags():
     return values
 
 
-def help_text(doc):
-    """What `--help` prints: the verb's docstring and every setting."""
-    lines = [doc.strip(), "", "Settings (--name=value):"]
-    lines += ["  --config=FILE.py\n      a file whose get_config() -> Config"]
+def help_text(doc, verb=None):
+    """What `--help` prints: a docstring, and settings by what they are about.
+
+    Args:
+        doc: the verb's docstring.
+        verb: name of the verb whose settings are shown, the dozen that matter
+            first; without one every setting of every verb is shown.
+    """
+    verb = VERBS.get(verb)
+    first = verb.first if verb else ()
+    groups = {"What matters most": dict.fromkeys(first, "")}
+    groups["The run"] = {
+        "config": "  --config=FILE.py\n      a file whose get_config() -> Config"
+    }
     for path, field, default in walk(Config()):
-        shown = str(default).lower() if type(default) is bool else default
-        choices = field.metadata["choices"]
-        more = f" [{'|'.join(choices)}]" if choices else ""
-        lines += [f"  --{path}={shown}"]
-        lines += [f"      {field.metadata['help']}{more}"]
+        section = getattr(Config(), path.partition(".")[0])
+        title = (section if "." in path else Config()).__doc__
+        if path in first:
+            title = "What matters most"
+        elif verb and not verb.reads(path):
+            continue
+        title = title.partition(":")[0]
+        groups.setdefault(title, {})[path] = _help_of(path, field, default)
+    lines = [doc.strip(), "", "Settings are typed as --name=value."]
+    for title, settings in groups.items():
+        lines += ["", f"{title}:", *settings.values()] if settings else []
+    if verb:
+        lines += ["", "--helpfull lists the settings of every verb."]
     return "\n".join(lines)
+
+
+def _help_of(path, field, default):
+    shown = str(default).lower() if type(default) is bool else default
+    choices = field.metadata["choices"]
+    more = f" [{'|'.join(choices)}]" if choices else ""
+    return f"  --{path}={shown}\n      {field.metadata['help']}{more}"
+
+
+def unread(argv, verb):
+    """What is said of the flags of `argv` that a verb does not read, or ""."""
+    if verb not in VERBS:
+        return ""
+    named = hints.named(hints.flags(argv))
+    left = [path for path in named if not VERBS[verb].reads(path)]
+    if not left:
+        return ""
+    return f"{verb} does not read --{', --'.join(left)}"
 
 
 def from_flags(argv):
@@ -64,12 +102,8 @@ def from_flags(argv):
     values = _define_flags()
     try:
         rest = values(["program", *argv])
-    except flags.UnrecognizedFlagError as error:
-        known = [path for path, _, _ in walk(Config())] + ["config"]
-        raise UserError(
-            f"unknown flag --{error.flagname}."
-            f"{did_you_mean(error.flagname, known)} --help lists every flag."
-        ) from None
+    except flags.UnrecognizedFlagError:
+        raise UserError(hints.unknown_flags(argv)) from None
     except flags.IllegalFlagValueError as error:
         raise UserError(_wrong_type(str(error))) from None
     except (flags.Error, ValueError) as error:

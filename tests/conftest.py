@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from keras_gemma_ft.runtime import backend
+
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,6 +28,8 @@ if BACKEND != "tensorflow":
     # As runtime.start does, so that the tests see the process users have.
     sys.modules.setdefault("tensorflow", None)
     sys.modules.setdefault("tensorflow_text", None)
+for name, value in backend.jax_platforms().items():
+    os.environ.setdefault(name, value)
 
 # Files whose tests need no backend ...
 ONCE = (

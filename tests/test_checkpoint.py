@@ -316,7 +316,7 @@ def test_a_full_disk_stops_a_run_that_can_go_on(
         "The same command goes on from it, once there is room.",
     ):
         assert words in told, told
-    # The test above holds that a run without its exports is finished by another.
+    # The test above holds that another run writes exports that are missing.
     copy = shutil.copytree(whole, tmp_path / "copy")
     (copy / "summary.json").unlink()
     shutil.rmtree(copy / "adapter")

@@ -164,6 +164,14 @@ def test_booleans_are_said_in_four_ways():
         (["--train.warmup=ten"], ["'ten'", "500 steps", "0.25 epochs"]),
         (["--train.time_budget=9 hours"], ["'9 hours'", "8.5h", "30m"]),
         (["--run_dir="], ["--run_dir", "runs/mine"]),
+        (["--mesh=8"], ["--mesh=8", "8x1"]),
+        (["--data.delimiter=;;"], ["--data.delimiter=;;", "one character"]),
+        (["--data.delimiter="], ["--data.delimiter=", "one character"]),
+        (["--data.roles=bob"], ["--data.roles=bob", "NAME=ROLE"]),
+        (["--data.roles=bob=asistant"], ["assistant", "system or tool"]),
+        (["--data.columns=a,,b"], ["--data.columns=a,,b", "name,name"]),
+        (["--data.ignore=,"], ["--data.ignore=,", "name,name"]),
+        (["--train.trackers=wandbb"], ["tensorboard, wandb, mlflow"]),
         (["--config=none.py"], ["--config=none.py", "no such file"]),
     ],
 )
@@ -234,6 +242,11 @@ def test_targets():
         "value",
         "attention_output",
     )
+    # PEFT's names of the same layers.
+    found = config.targets(Lora(targets="q_proj,v_proj,down_proj,query"))
+    assert found == ("query", "value", "ffw_linear")
+    projections = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
+    assert config.targets(Lora(targets=projections)) == config.TARGETS
     # In the model's order, whatever the user's.
     found = config.targets(Lora(targets="value, query"))
     assert found == ("query", "value")

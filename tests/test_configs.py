@@ -12,11 +12,6 @@ from keras_gemma_ft import command_line, config
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
-VERBS = sorted(
-    path
-    for path in (ROOT / "keras_gemma_ft").glob("*.py")
-    if 'if __name__ == "__main__":' in path.read_text()
-)
 pytestmark = pytest.mark.once
 
 
@@ -66,18 +61,21 @@ def test_the_demo_recipe_is_what_train_runs_without_a_flag():
     assert demo == command_line.from_flags([])
 
 
-@pytest.mark.parametrize("path", VERBS, ids=lambda path: path.stem)
-def test_each_verbs_help_lists_every_flag(path, monkeypatch, capsys):
+@pytest.mark.parametrize("verb", config.VERBS)
+@pytest.mark.parametrize("asked", ["--help", "--helpfull"])
+def test_each_verbs_help(verb, asked, monkeypatch, capsys):
     # In this process: run as a module it would cost a start each.
-    monkeypatch.setattr(sys, "argv", [path.stem, "--help"])
+    path = ROOT / f"keras_gemma_ft/{verb}.py"
+    monkeypatch.setattr(sys, "argv", [verb, asked])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(path), run_name="__main__")
     assert end.value.code == 0
     told = capsys.readouterr().out
     doc = ast.get_docstring(ast.parse(path.read_text("utf-8")), clean=False)
     assert told.startswith(doc.strip().splitlines()[0])
-    assert f"python -m keras_gemma_ft.{path.stem}" in told
+    assert f"python -m keras_gemma_ft.{verb}" in told
     for name, field, _ in config.walk(config.Config()):
-        assert f"  --{name}=" in told
-        assert field.metadata["help"] in told
+        wanted = asked == "--helpfull" or config.VERBS[verb].reads(name)
+        shown = f"\n  --{name}=" in told and field.metadata["help"] in told
+        assert shown == wanted, name
     assert "  --config=" in told

@@ -363,6 +363,17 @@ def test_a_field_that_a_template_reads_is_read(prepare, tokenizer):
     assert ids_of(found) == hand(tokenizer, "<bos>", "a is ", ["1", "<eos>"])
 
 
+def test_a_context_that_a_template_leaves_out_stops_the_run(prepare):
+    record = {"instruction": "a", "input": "b", "output": "c"}
+    template = "{instruction}>{output}"
+    with pytest.raises(UserError, match="input: 1 of 1 records"):
+        prepare(record, template=template)
+    assert prepare(record, template=template, ignore="input").report["kept"]
+    assert prepare({**record, "input": ""}, template=template).report["kept"]
+    whole = "{instruction}{context}>{output}"
+    assert prepare(record, template=whole).report["kept"]
+
+
 def test_a_late_label_is_found(prepare):
     good = {"prompt": "a", "response": "b"}
     with pytest.raises(UserError, match="label: 1 of 151 .* line 151"):
@@ -375,7 +386,8 @@ def said(text, **more):
 
 def test_weights_of_messages(prepare, tokenizer):
     user = {"role": "user", "content": "q"}
-    for field in ({"weight": 0}, {"train": False}, {"weight": 1, "train": 0}):
+    both = {"weight": 0, "train": 1}
+    for field in ({"weight": 0}, {"train": False}, both):
         chat = {"messages": [user, said("a", **field), user, said("b")]}
         ids, learn = conversation(tokenizer, "q", "a", "q", "b")
         first = learn.index(1.0)
@@ -578,6 +590,13 @@ def test_what_separates_cells_is_told_from_the_file(
     assert ids_of(again) == ids_of(found)
 
 
+def test_a_comma_in_a_headers_name_separates_nothing(prepare, tokenizer):
+    text = b'"q, or a, or b";response\na;b\n'
+    named = {"prompt_field": "q, or a, or b", "response_field": "response"}
+    found = prepare(text, name="a.csv", **named)
+    assert ids_of(found) == conversation(tokenizer, "a", "b")
+
+
 def test_a_csv_without_a_header(prepare, tokenizer):
     text = b"how are you,fine\nwho are you,a model\n"
     with pytest.raises(UserError, match="--data.columns=prompt,response"):
@@ -621,6 +640,20 @@ def test_a_greeting_is_context(prepare, tokenizer):
 def test_a_system_text_for_all(prepare, tokenizer):
     found = prepare({"prompt": "q", "response": "a"}, system="Be kind.")
     assert ids_of(found) == conversation(tokenizer, "Be kind.\n\nq", "a")
+    # A template without a place for it: before the question, as when asked.
+    found = prepare(
+        {"prompt": "q", "response": "a"},
+        system="Be kind.",
+        template="{prompt}>{response}",
+    )
+    want = hand(tokenizer, "<bos>", "Be kind.\n\nq>", ["a", "<eos>"])
+    assert ids_of(found) == want
+    template = templates.load("{prompt}>{response}")
+    asked = templates.prompt("q", template, system="Be kind.")
+    ids = tokens.encode([asked], tokenizer)[0].token_ids.tolist()
+    assert ids == want[0][: len(ids)] and want[1][len(ids)] == 1.0
+    with pytest.raises(UserError, match="no field before the answer"):
+        prepare({"text": "a"}, system="s", template="{text}")
     own = {"system": "Be brief.", "prompt": "q", "response": "a"}
     found = prepare(own, system="Be kind.")
     assert ids_of(found) == conversation(tokenizer, "Be brief.\n\nq", "a")
@@ -684,10 +717,11 @@ def test_what_hugging_faces_templates_call_is_there(prepare, tmp_path):
         prepare(record, template=str(path))
 
 
-def test_weights_are_in_no_share_lost(prepare):
-    """A micro-batch that learns nothing leaves the mean as it is."""
-    records = [{"prompt": "a", "response": "b"}] * 3
-    found = prepare(*records, batch_size=4)
-    batches = pipeline.eval_batches(found, batch_size=2)
-    total = np.mean([weight.sum() for _, _, weight in batches])
-    assert total == pytest.approx(1)
+def test_a_held_out_loss_is_the_weighted_mean(prepare):
+    records = [{"prompt": "a", "response": "b", "weight": 3}]
+    found = prepare(*records, *[{"prompt": "a", "response": "c d"}] * 2)
+    batches = list(pipeline.eval_batches(found, batch_size=2))
+    weights = [weight for _, _, weight in batches]
+    assert np.mean([w.sum() for w in weights]) == pytest.approx(1)
+    own = [set(w[w > 0].round(5).tolist()) for w in weights]
+    assert max(set.union(*own)) == pytest.approx(3 * min(set.union(*own)), 1e-4)

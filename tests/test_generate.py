@@ -2,8 +2,12 @@
 
 import io
 import json
+import os
+import re
+import subprocess
 import sys
 
+import keras
 import keras_hub
 import numpy as np
 import pytest
@@ -29,6 +33,10 @@ PROMPTS = [
     "Lights off",
     "Could you please put two bags of rice on the shopping list today?",
 ]
+
+
+# What the suite sets in its own environment, a user does not.
+QUIET = ("JAX_PLATFORMS", "TF_CPP_MIN_LOG_LEVEL", "TOKENIZERS_PARALLELISM")
 
 
 def turn(text):
@@ -246,6 +254,25 @@ def test_an_adapter_changes_the_answer(session, cfg, tmp_path, monkeypatch):
         )
     )
     assert found == {"completions": expected}
+
+
+def test_stderr_has_the_verbs_own_lines_only():
+    done = subprocess.run(
+        [sys.executable, "-m", "keras_gemma_ft.generate"]
+        + [
+            f"--backend={keras.config.backend()}",
+            "--generate.prompt=set a timer",
+        ],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k not in QUIET},
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)["completions"][0]["completion"]
+    *lines, last = done.stderr.splitlines()
+    assert last == said
+    other = [line for line in lines if not re.match(r"\[ *[\d.]+s\] ", line)]
+    assert not other, "\n".join(other)
 
 
 def test_the_verb_takes_a_prompt_a_file_or_a_chat(cfg, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 
+import matplotlib
 import pytest
 from test_run import workshop  # noqa: F401
 
@@ -101,8 +102,13 @@ def test_a_process_on_a_full_disk_says_so(workshop, tmp_path):  # noqa: F811
     limited = ["sh", "-c", 'ulimit -f 10 && exec "$@"', "sh", *command]
     done = subprocess.run(
         limited,
-        # It compiles nothing.
-        env={**os.environ, "KERAS_BACKEND": "torch"},
+        env={
+            **os.environ,
+            # It compiles nothing.
+            "KERAS_BACKEND": "torch",
+            # Keras imports matplotlib, which would look for fonts, 4 s.
+            "MPLCONFIGDIR": matplotlib.get_cachedir(),
+        },
         capture_output=True,
         text=True,
     )

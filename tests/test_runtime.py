@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,7 @@ import pytest
 
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.runtime import backend as chosen
-from keras_gemma_ft.runtime import devices, memory, packages
+from keras_gemma_ft.runtime import devices, imports, memory, packages
 
 ALL = ("jax", "tensorflow", "torch")
 
@@ -276,6 +277,93 @@ def test_a_keras_that_was_there_first_is_taken(monkeypatch, capsys):
 
 def test_every_name_of_the_door_is_there():
     assert all(hasattr(runtime, name) for name in runtime.__all__)
+
+
+# --- start-up: what is imported, and what is not said -------------------------
+
+
+def imported(*argv):
+    """(exit code, packages that are not Python's own) of a Python process."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *argv],
+        capture_output=True,
+        text=True,
+    )
+    names = {*re.findall(r"^import time:.*\| +(\w+)", done.stderr, re.M)}
+    names -= sys.stdlib_module_names
+    return done.returncode, {n for n in names if packages.installed(n)}
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "generate", "plan"])
+@pytest.mark.parametrize("flag, code", [("--help", 0), ("--nosuch=1", 2)])
+def test_help_and_a_refusal_import_next_to_nothing(verb, flag, code):
+    status, found = imported("-m", f"keras_gemma_ft.{verb}", flag)
+    assert status == code
+    # The environment's own: hooks of editable installs and the like.
+    _, bare = imported("-c", "")
+    assert found - bare == {"absl", "keras_gemma_ft"}
+
+
+@pytest.mark.parametrize(
+    "here, expected",
+    [
+        ({}, {"JAX_PLATFORMS": "cpu"}),
+        ({"cuda": True}, {"JAX_PLATFORMS": "cuda,cpu"}),
+        ({"cuda": True, "plugin": False}, {"JAX_PLATFORMS": "cpu"}),
+        ({"tpu": True}, {}),
+    ],
+)
+def test_jax_looks_for_no_tpu_where_none_is(machine, here, expected):
+    machine(installed=(*ALL, "libtpu"), **here)
+    assert chosen.jax_platforms() == expected
+    machine(**here)
+    assert chosen.jax_platforms() == {}
+
+
+def test_what_cpp_libraries_log_is_dropped_and_nothing_else(capfd, monkeypatch):
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
+    logged = (
+        b"WARNING: All log messages before absl::InitializeLog() is called\n"
+        b"I0000 00:00:1795747885.473955   14277 port.cc:153] oneDNN is on.\n"
+        b"E0000 00:00:1795747668.850479 12053 common_lib.cc:906] no host\n"
+    )
+
+    def run():
+        with imports.without_logs():
+            os.write(2, logged)
+            os.write(2, b"UserWarning: numpy is too old\n")
+
+    run()
+    assert capfd.readouterr().err == "UserWarning: numpy is too old\n"
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
+    run()
+    assert logged.decode() in capfd.readouterr().err
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
+    with pytest.raises(ImportError), imports.without_logs():
+        os.write(2, logged)
+        raise ImportError
+    assert logged.decode() in capfd.readouterr().err
+
+
+def test_what_keras_must_not_import_is_there_again_afterwards():
+    code = """
+        import sys
+        from keras_gemma_ft.runtime import imports, packages
+        packages.is_verb = lambda: True
+        imports.keras_with("jax")
+        import keras
+        assert keras.src.visualization.plot_image_gallery.plt is None
+        assert "matplotlib" not in sys.modules, "not hidden"
+        import matplotlib.pyplot, pandas, gc
+        assert gc.isenabled() and gc.get_freeze_count() > 10_000
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "KERAS_BACKEND": "jax"},
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # --- memory of a CPU run ------------------------------------------------------

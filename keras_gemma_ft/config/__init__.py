@@ -25,6 +25,7 @@ from keras_gemma_ft.config.settings import (
     check,
 )
 from keras_gemma_ft.config.tuning import OPTIMIZERS, Lora, Train
+from keras_gemma_ft.config.verbs import VERBS
 from keras_gemma_ft.config.words import (
     PEFT_NAMES,
     TARGET_GROUPS,

@@ -58,9 +58,9 @@ class Data:
         "speakers of a conversation by other names: NAME=user,NAME=assistant,"
         "NAME=system,NAME=tool",
         expect=names(
-            r"[^,=]+=\s*(user|assistant|system|tool)",
+            r"[^,=]+=\s*(user|assistant|model|system|tool)",
             "expected NAME=ROLE,NAME=ROLE, where a role is user, assistant, "
-            "system or tool, as in --data.roles=bard=assistant.",
+            "system or tool, as in --data.roles=narrator=assistant.",
         ),
     )
     text_marks: str = setting(

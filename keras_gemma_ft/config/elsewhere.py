@@ -168,14 +168,21 @@ TABLE = {
     ),
     "Batches": (
         Word(
-            "per_device_train_batch_size micro_batch_size",
-            "data.micro_batch_size",
-            "Rows in memory at once, of all devices together.",
+            "per_device_train_batch_size",
+            "data.batch_size",
+            "It counts the rows of all devices. With accumulation it is "
+            "`--data.micro_batch_size`.",
         ),
         Word(
             "gradient_accumulation_steps",
             "data.batch_size",
-            "Rows of an optimizer step: the micro-batch times this number.",
+            "The product is typed: `--data.micro_batch_size=2 "
+            "--data.batch_size=16` accumulates 8 times 2 rows.",
+        ),
+        Word(
+            "micro_batch_size",
+            "data.micro_batch_size",
+            "Rows in memory at once, of all devices together.",
         ),
         Word(
             "per_device_eval_batch_size eval_batch_size",

@@ -1,6 +1,5 @@
 """Unknown flags of a command line -> one message, and what to type instead."""
 
-import difflib
 import re
 import shlex
 from typing import NamedTuple
@@ -10,150 +9,185 @@ from keras_gemma_ft.config.elsewhere import WORDS
 from keras_gemma_ft.config.fields import near_misses, walk
 from keras_gemma_ft.config.settings import Config
 
-# Absl's own, and the one that is no setting.
-_BESIDES = ("config", "flagfile", "undefok")
+# Flags that are no settings; the last two are absl's.
+_BESIDES = {"config", "flagfile", "undefok"}
 
 
-class _Flag(NamedTuple):
-    """A flag of a command line, or a word that is none (name is None)."""
+class Flag(NamedTuple):
+    """A flag as it was typed: its name and its value, if it has one."""
 
-    words: tuple
-    name: str | None = None
-    value: str | None = None
-    known: bool = True
+    name: str
+    value: str | None
+
+    def __str__(self):
+        return _flag(self.name, self.value)
+
+
+def flags(argv):
+    """The `Flag`s of a command line, taken apart as absl does it."""
+    switches = {p for p, value in _settings().items() if type(value) is bool}
+    switches |= {f"no{path}" for path in switches}
+    found, rest = [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            break
+        if not _is_flag(word):  # Refused once the flags are right.
+            continue
+        name, given, value = word.lstrip("-").partition("=")
+        # What follows an unknown flag may be its value: --lora_r 16.
+        if not given and name not in switches and rest:
+            if not _is_flag(rest[0]):
+                given, value = True, rest.pop(0)
+        found.append(Flag(name, value if given else None))
+    return found
+
+
+def named(found):
+    """The paths of the settings that some `Flag`s name, in their order."""
+    paths = _settings()
+    names = [flag.name for flag in found]
+    names = [n if n in paths else n.removeprefix("no") for n in names]
+    return [name for name in dict.fromkeys(names) if name in paths]
 
 
 def unknown_flags(argv):
-    """What the unknown flags of `argv` are told; '' if each is known.
+    """What the unknown flags of `argv` are told, a line each.
 
-    Args:
-        argv: the arguments after the program's name.
-
-    Returns:
-        str: a line for each unknown flag, and then the corrected arguments.
+    The last line is the corrected command, if there is anything to type. A
+    flag that has no like here is left out of it.
     """
-    flags = _read(argv)
-    rows = _rows(flags)
+    found = flags(argv)
+    paths, batch = _settings(), _batch(found)
     lines, typed = [], []
-    for flag in flags:
-        if flag.known:
-            typed += flag.words
-            continue
-        line, instead = _answer(flag, rows)
-        lines.append(f"unknown flag {flag.words[0].partition('=')[0]}.{line}")
+    for flag in found:
+        instead = [str(flag)]
+        if flag.name == "preset":  # Known, but perhaps not what it is given.
+            instead = _instead(WORDS["model"], flag.value)
+        if flag.name not in _BESIDES and not named([flag]):
+            said, instead = _answer(flag, paths, batch)
+            lines.append(f"unknown flag --{flag.name}.{said}")
         typed += [word for word in instead if word not in typed]
-    if not lines:
-        return ""
     lines.append("--help lists every flag.")
     if typed:
         lines.append(f"Type: {shlex.join(typed)}")
     return "\n".join(lines)
 
 
-def typed_settings(argv):
-    """Paths of the settings that a command line names, in order."""
-    paths = {path for path, _, _ in walk(Config())}
-    names = (flag.name for flag in _read(argv) if flag.name)
-    named = (n if n in paths else n.removeprefix("no") for n in names)
-    return [path for path in dict.fromkeys(named) if path in paths]
-
-
-def _read(argv):
-    """The `_Flag`s of a command line, as absl takes it apart."""
-    switches = {p for p, _, v in walk(Config()) if type(v) is bool}
-    switches |= {f"no{path}" for path in switches}
-    known = switches | {path for path, _, _ in walk(Config())} | {*_BESIDES}
-    found, rest = [], list(argv)
-    while rest:
-        word = rest.pop(0)
-        if word == "--":
-            return found + [_Flag((word,)), *map(_Flag, zip(rest))]
-        if not _is_flag(word):
-            found.append(_Flag((word,)))
-            continue
-        name, given, value = word.lstrip("-").partition("=")
-        words = (word,)
-        # What follows an unknown flag may be its value: --lora_r 16.
-        if not given and rest and not _is_flag(rest[0]):
-            if name not in switches:
-                words += (rest.pop(0),)
-        value = value if given else words[1] if words[1:] else None
-        found.append(_Flag(words, name, value, name in known))
-    return found
+def _settings():
+    return {path: value for path, _, value in walk(Config())}
 
 
 def _is_flag(word):
-    return re.match("--?[A-Za-z]", word) is not None or word == "--"
+    return re.match("--$|--?[A-Za-z]", word) is not None
 
 
-def _answer(flag, rows):
-    """(what an unknown flag is told, the words to type instead)."""
-    path, positive = _own(flag.name)
-    word = WORDS.get(_elsewhere(flag.name) or "")
-    if path and not (word and word.here != path):
-        value = flag.value if positive else str(not on(flag.value))
-        return f" Did you mean: {path}?", [_flag(path, value)]
-    if not word:
-        near = near_misses(flag.name, [*_paths(), "config"])
-        said = f" Did you mean: {', '.join(near)}?" if near else ""
-        return said, [_flag(near[0], flag.value)] if len(near) == 1 else []
-    instead = _instead(word, flag.value, rows)
-    said = f" Here it is {shlex.join(instead)}." if instead else ""
-    if word.note or not instead:
-        said += f" {word.note or 'That value needs no flag here.'}"
-    return said, instead
-
-
-def _paths():
-    return {path: type(value) for path, _, value in walk(Config())}
+def _flag(path, value):
+    return f"--{path}" if value is None else f"--{path}={value}"
 
 
 def _plain(name):
     return re.sub("[-.]", "_", name.lower())
 
 
-def _own(name):
-    """(setting, whether it is meant and not its opposite), or (None, True).
+def _answer(flag, paths, batch):
+    """(what an unknown flag is told, the words to type instead)."""
+    path, value = _own(flag, paths)
+    word = WORDS.get(_elsewhere(flag.name, paths))
+    if path and not (word and word.values):
+        return f" Did you mean: {path}?", [_flag(path, value)]
+    if word:
+        rows = flag.name in _BATCH
+        instead = rows and batch or _instead(word, flag.value)
+        if not instead:
+            return f" {word.note or 'That value needs no flag here.'}", []
+        if choices := _choices(instead[0]):
+            return f" Here it is one of {', '.join(choices)}.", []
+        note = f" {word.note}" if rows else ""
+        return f" Here it is {shlex.join(instead)}.{note}", instead
+    if near := near_misses(flag.name, [*paths, "config"]):
+        instead = [_flag(near[0], flag.value)] if len(near) == 1 else []
+        return f" Did you mean: {', '.join(near)}?", instead
+    if near := near_misses(flag.name, WORDS):
+        return f" Did you mean: {', '.join(near)}?", []
+    return " Nothing like it is known here.", []
 
-    Knows a path with other marks in it (lora_rank, Lora-Rank), its last part
-    (rank), and a switch's `no` before either (no_pack, data.nopack).
+
+def _choices(typed):
+    """--path=choice of the setting of a `typed` flag, if it is none of them."""
+    name, _, value = typed.removeprefix("--").partition("=")
+    fields = {path: field for path, field, _ in walk(Config())}
+    choices = fields[name].metadata["choices"] or (value,)
+    return [] if value in choices else [f"--{name}={c}" for c in choices]
+
+
+def _own(flag, paths):
+    """(setting, value) that a flag means if it is nearly a path of ours.
+
+    A path with other marks (lora_rank, Lora-Rank), its last part (rank), and
+    a switch's `no` before either (no_pack, data.nopack). Else (None, None).
     """
-    spelled = {}
-    for path, kind in _paths().items():
+    spelled, opposite = {}, {}
+    for path, default in paths.items():
         section, _, last = path.rpartition(".")
-        for word in (last, _plain(path)):
-            spelled.setdefault(word, (path, True))
-        if kind is bool:
-            for no in ("no", "no_"):
-                for word in (no + last, no + _plain(path)):
-                    spelled.setdefault(word, (path, False))
-                spelled.setdefault(f"{section}_{no}{last}", (path, False))
-    return spelled.get(_plain(name), (None, True))
+        whole = _plain(path)
+        spelled |= {whole: path, last: spelled.get(last, path)}
+        if type(default) is bool:
+            parts = (last, whole)
+            parts = [f"{no}{part}" for no in ("no", "no_") for part in parts]
+            parts += [f"{section}_no{last}", f"{section}_no_{last}"]
+            opposite |= dict.fromkeys(parts, path)
+    name = _plain(flag.name)
+    if name in spelled:
+        return spelled[name], flag.value
+    if name in opposite:
+        return opposite[name], str(not on(flag.value)).lower()
+    return None, None
 
 
-def _elsewhere(name):
+def _elsewhere(name, paths):
     """The name in `WORDS` that is meant: lr of lr, --train.lr, train_lr."""
     plain = _plain(name)
-    sections = "|".join({path.partition(".")[0] for path in _paths()})
-    for guess in (
-        plain,
-        _plain(name.rpartition(".")[2]),
-        re.sub(f"^({sections})_", "", plain),
-    ):
-        if guess in WORDS:
-            return guess
-    near = difflib.get_close_matches(plain, WORDS, 1, 0.88)
-    return near[0] if near else None
+    sections = "|".join({path.partition(".")[0] for path in paths})
+    last = _plain(name.rpartition(".")[2])
+    guesses = (plain, last, re.sub(f"^({sections})_", "", plain))
+    return next((guess for guess in guesses if guess in WORDS), None)
 
 
-def _instead(word, value, rows):
+def _instead(word, value):
     """The words to type for a row of the table and the value it came with."""
-    if word.here in _BATCH:
-        return [_flag(path, number) for path, number in rows.items()]
     if "=" in word.here:
         here = word.here if on(value) else word.off
-    elif value is None or not word.values:
-        here = word.here and _Pair(word.here, value)
-    else:
-        here = word.values
-        ...
+        return [f"--{here}"] if here else []
+    if value is not None and word.values:
+        same = word.values.get if isinstance(word.values, dict) else None
+        value = same(value, value) if same else word.values(value)
+        if value is None:
+            return []
+        if isinstance(value, list):
+            return [f"--{pair}" for pair in value]
+    return [_flag(word.here, value)] if word.here else []
+
+
+_ROWS = ("per_device_train_batch_size", "micro_batch_size")
+_TIMES = "gradient_accumulation_steps"
+_BATCH = (*_ROWS, _TIMES)
+
+
+def _batch(found):
+    """The words for a micro-batch and how many of them make a step.
+
+    Elsewhere one multiplies them, here the product is typed. Empty if no
+    flag accumulates.
+    """
+    typed = {flag.name: flag.value for flag in found}
+    names = ("data.micro_batch_size", *_ROWS)
+    # 8 is what transformers takes without a flag.
+    rows = next((typed[name] for name in names if name in typed), "8")
+    times = typed.get(_TIMES)
+    if not (times and times.isdecimal() and rows and rows.isdecimal()):
+        return []
+    return [
+        _flag("data.micro_batch_size", rows),
+        _flag("data.batch_size", int(rows) * int(times)),
+    ]

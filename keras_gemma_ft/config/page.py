@@ -13,10 +13,10 @@ _HEAD = """\
 
 The settings of Unsloth, TRL (with PEFT), Axolotl, LLaMA-Factory and of KerasHub
 notebooks, and what to type here. A command that uses a name of the first column
-is answered with the whole corrected command, values converted:
+is answered with the whole corrected command, values converted. For `lora_r=16`,
+`per_device_train_batch_size=2` and `gradient_accumulation_steps=8` it is
 
 ```
---lora_r=16 --per_device_train_batch_size=2 --gradient_accumulation_steps=8
 --lora.rank=16 --data.micro_batch_size=2 --data.batch_size=16
 ```
 
@@ -40,10 +40,9 @@ def page():
 
 def _shown(word):
     """What to type, as the page shows it."""
-    both = [part for part in (word.here, word.off) if part]
-    if "=" not in word.here:
-        return f"`--{word.here}`" if both else "nothing"
-    return " or ".join(f"`--{part}`" for part in both)
+    if not word.here:
+        return "nothing"
+    return f"`--{word.here}`" + (f" (off: `--{word.off}`)" if word.off else "")
 
 
 def _remark(word):

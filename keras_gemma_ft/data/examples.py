@@ -144,10 +144,10 @@ def _stop_if_passed_over(records, numbers, layout, template, source):
     Raises:
         UserError: all such fields, how many records have each, the first one.
     """
-    also = templates.read_by(template)
+    named = templates.read_by(template)
     found = {}
     for number in numbers.tolist():
-        told = layouts.passed_over(records[number], layout, also)
+        told = layouts.passed_over(records[number], layout, named)
         for field, value in told.items():
             first, count = found.get(field, ((number, value), 0))
             found[field] = first, count + 1

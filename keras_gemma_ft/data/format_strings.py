@@ -14,6 +14,8 @@ from keras_gemma_ft.data.values import BadRecord
 
 # What a template may call the answer that is to be learned.
 _ALSO = {"chosen": ("response", "output", "answer", "completion")}
+# A field's name -> "system" or "tools".
+_ABOUT = {n: part for part, known in layouts.ABOUT_ALL.items() for n in known}
 
 
 def load(spec):
@@ -68,7 +70,9 @@ def render(record, layout, parts):
     Returns:
         List of `Segment`, `<bos>` first.
     """
-    texts = [_field(record, layout, name) for name in names(parts)]
+    fields = names(parts)
+    texts = [_field(record, layout, name) for name in fields]
+    asked = _told_first(texts[:-1], fields[:-1], _known(record, layout))
     weight = layouts.weight(record, layout) if texts[-1].strip() else 0.0
     before, after = _around(parts)
     ends = [i for i, part in enumerate(after) if part.text in (END, EOS)]
@@ -79,7 +83,7 @@ def render(record, layout, parts):
         learned, rest = [*after, Segment(EOS, control=True)], []
     answer = _joined([Segment(texts[-1]), *learned])
     return [
-        *_filled(before, texts[:-1]),
+        *_filled(before, asked),
         *(part._replace(learn=weight) for part in answer),
         *_joined(rest),
     ]
@@ -102,20 +106,47 @@ def prompt(question, parts, *, system="", described=""):
     before, _ = _around(parts)
     known = {"system": system, "tools": described}
     fields = names(before)
-    asked = "\n\n".join(
-        [text for name, text in known.items() if text and name not in fields]
-        + [question]
-    )
-    texts = {}
+    if all(name in _ABOUT for name in fields):
+        # The learned field is the only one: the question begins its text.
+        before, fields = [*before, "prompt"], [*fields, "prompt"]
+    texts, asked = [], question
     for name in fields:
-        if name in known:
-            texts[name] = known[name]
+        if name in _ABOUT:
+            texts.append(known[_ABOUT[name]])
         else:
-            texts[name] = "" if asked is None else asked
-            asked = None
-    if asked is not None:
-        before = [*before, Segment(asked)]
-    return _filled(before, [texts[name] for name in fields])
+            texts.append(asked)
+            asked = ""
+    return _filled(before, _told_first(texts, fields, known))
+
+
+def _known(record, layout):
+    """What may be said before a question: {"system", "tools"}: text."""
+    told = conversations.optional(record, layout, "system")
+    tools_of = record.get(layout.fields.get("tools"))
+    return {
+        "system": told or layout.system,
+        "tools": tools.describe(tools_of),
+    }
+
+
+def _told_first(texts, fields, known):
+    """The texts of the fields, the first of which also says what is `known`.
+
+    That is the system text and the tools for which the template has no field:
+    they go before the first field that is neither.
+    """
+    named = {_ABOUT.get(name) for name in fields}
+    rest = [text for part, text in known.items() if text and part not in named]
+    first = next((i for i, n in enumerate(fields) if n not in _ABOUT), None)
+    if not rest:
+        return texts
+    if first is None:
+        raise BadRecord(
+            "the template has no field before the answer that a system text "
+            "or tools could stand in. Add {system} or {tools} to it"
+        )
+    told = "\n\n".join([*rest, texts[first]])
+    return [*texts[:first], told, *texts[first + 1 :]]
 
 
 def _around(parts):
@@ -151,11 +182,8 @@ def _field(record, layout, field):
             if part in layouts.REQUIRED[layout.format]:
                 if field not in record:
                     return conversations.value(record, layout, part)
-            elif part == "tools":
-                return tools.describe(record.get(layout.fields.get(part)))
-            elif part == "system":
-                told = conversations.optional(record, layout, part)
-                return told or layout.system
+            elif part in ("system", "tools"):
+                return _known(record, layout)[part]
             elif part == "context":
                 return conversations.optional(record, layout, part)
     if field not in record:

@@ -13,7 +13,7 @@ _PROMPT = ("prompt", "question", "q", "query", "problem", "input")
 _RESPONSE = ("response", "completion", "answer", "a", "output", "solution")
 _MESSAGES = ("messages", "conversations", "conversation")
 # What may stand beside every conversation.
-_ABOUT_ALL = {
+ABOUT_ALL = {
     "system": ("system", "system_prompt"),
     "tools": ("tools", "functions"),
 }
@@ -27,20 +27,20 @@ FORMATS = {
         "messages": _MESSAGES,
         "prompt": ("prompt", "question", "instruction", "query"),
         "context": ("context", "input"),
-        **_ABOUT_ALL,
+        **ABOUT_ALL,
     },
-    "messages": {"messages": _MESSAGES, **_ABOUT_ALL},
+    "messages": {"messages": _MESSAGES, **ABOUT_ALL},
     "instruction": {
         "prompt": ("instruction",),
         "response": ("output", "response", "answer", "completion", "target"),
         "context": ("input", "context"),
-        **_ABOUT_ALL,
+        **ABOUT_ALL,
     },
     "prompt_response": {
         "prompt": _PROMPT,
         "response": _RESPONSE,
         "context": ("context",),
-        **_ABOUT_ALL,
+        **ABOUT_ALL,
     },
     "text": {"text": ("text", "content")},
 }
@@ -200,20 +200,27 @@ def weight(record, layout):
     return values.weight(told, "the record")
 
 
-def passed_over(record, layout, also=()):
-    """The fields of `MEANING` that a record has and nothing reads.
+def passed_over(record, layout, template=None):
+    """The fields that change what a record means and that nothing reads.
 
-    Those of its messages, too; an empty value says nothing and is left out.
+    Those are the fields of `MEANING`, of its messages, too, and a context that
+    the template has no place for; an empty value says nothing.
 
     Args:
         record: dict.
         layout: `Layout`.
-        also: names of fields that something else reads, such as a template.
+        template: the names of the fields that a format string reads, if the
+            template is one.
 
     Returns:
         {field: its value}.
     """
+    also = template or ()
     holders = [(record, {*layout.fields.values(), *also})]
+    context = layout.fields.get("context")
+    left = template is not None and not {
+        context, "context", *FORMATS[layout.format].get("context", ())
+    } & {*also}  # fmt: skip
     for part in ("messages", "prompt", "response", "chosen", "rejected"):
         spoken = turns.listed(record.get(layout.fields.get(part)))
         holders += [(m, ()) for m in spoken or () if isinstance(m, dict)]
@@ -221,7 +228,10 @@ def passed_over(record, layout, also=()):
         field: value
         for holder, read in holders
         for field, value in holder.items()
-        if field.lower() in MEANING
-        and field not in {*read, *_WEIGHTS, *layout.ignore}
+        if (
+            (field.lower() in MEANING and field not in {*read, *_WEIGHTS})
+            or (left and holder is record and field == context)
+        )
+        and field not in layout.ignore
         and not values.empty(value)
     }

@@ -108,10 +108,10 @@ def _check_text(template, layout):
 
 
 def read_by(template):
-    """The names of the records' fields that a template reads itself."""
+    """The names of the fields that a format string reads; None of others."""
     if template.kind == "fields":
         return format_strings.names(template.source)
-    return []
+    return None
 
 
 def prompt(question, template=GEMMA, *, system="", offered=None, roles=None):

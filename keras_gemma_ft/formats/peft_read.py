@@ -1,8 +1,9 @@
 """PEFT folder -> adapter: our own exactly, any other LoRA as "standard".
 
-PEFT's rules are followed: a module's scale is alpha/r (alpha/sqrt(r) with
-rsLoRA), r is that of its tensors, and its alpha is the first `alpha_pattern`
-key that matches the end of its name (peft/utils/other.py, `get_pattern_key`).
+PEFT's rules are followed. A module's scale is alpha/r, or alpha/sqrt(r) with
+rsLoRA. Its r is that of its tensors. Its alpha stands under the first key of
+`alpha_pattern` that fits the end of the module's name, else it is `lora_alpha`
+(peft/utils/other.py, `get_pattern_key`).
 """
 
 import json

@@ -1,9 +1,9 @@
 """Safetensors files, a tensor at a time, in memory that is ours.
 
-The library maps a file: pages that were read count as the process's memory
-until the map is closed, beside the array that they were copied to. Here a
-tensor is read once, to where it may stay; and a file is written as tensors
-come, before it is known which will.
+The safetensors library maps a whole file into memory, and each page that was
+read counts as memory of the process until the map is closed, although its
+content was copied to an array. Here a tensor is read straight into an array.
+A file can also be written tensor by tensor, before all of them are known.
 """
 
 import json

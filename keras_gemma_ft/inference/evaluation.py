@@ -7,13 +7,13 @@ from keras_gemma_ft.data import pipeline
 from keras_gemma_ft.inference import sampling
 from keras_gemma_ft.model import sharding
 
-# With --train.exact_match=-1 answers are compared when they are this short.
+# With --train.exact_match=-1, answers of fewer tokens than this are compared.
 _SHORT_ANSWER = 64
 _MOST_PROMPTS = 200
 
 
 class Judge:
-    """Scores the model as it is at that moment, the same way each time.
+    """Scores a model as it is at the moment of asking, always the same way.
 
     Args:
         cfg: `config.Config`.

@@ -6,18 +6,16 @@ The choice must be made before keras is imported: keras reads it once.
 import os
 import sys
 
-from absl import logging
-
 from keras_gemma_ft import config
-from keras_gemma_ft.runtime import devices, output, packages
+from keras_gemma_ft.runtime import devices, imports, output, packages
 
 _said = {"backend": None}  # what `start` said last
 
 
 def start(cfg):
-    """Sets Keras's backend and quiets the frameworks; says what and why.
+    """Imports Keras with the backend that suits; says which one and why.
 
-    It may be called again: once keras is imported, nothing changes.
+    It may be called again: once Keras is imported, nothing changes.
 
     Returns:
         The backend's name.
@@ -49,10 +47,24 @@ def start(cfg):
         os.environ.setdefault(
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2"
         )
+    if backend == "jax":
+        for name, value in jax_platforms().items():
+            os.environ.setdefault(name, value)
     if backend == "torch" and (folder := config.cache_folder("torch")):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    logging.set_verbosity(logging.WARNING)
+    imports.keras_with(backend)
     return backend
+
+
+def jax_platforms():
+    """Environment in which JAX does not look for a TPU that is not here.
+
+    Where libtpu is installed, JAX loads it first, and without a TPU that
+    writes an error of seven lines about TPU_WORKER_HOSTNAMES.
+    """
+    if devices.tpu() or not packages.installed("libtpu"):
+        return {}
+    return {"JAX_PLATFORMS": "cuda,cpu" if uses_cuda("jax") else "cpu"}
 
 
 def _imported():

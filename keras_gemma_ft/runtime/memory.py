@@ -4,7 +4,7 @@ import os
 import platform
 import sys
 
-from keras_gemma_ft.runtime import devices
+from keras_gemma_ft.runtime import devices, packages
 
 # On a CPU every step takes and gives back over a GB. By default glibc returns
 # it to the kernel, which zeroes each page again: 280,000 page faults and 0.5
@@ -33,8 +33,7 @@ def restart(environment):
 
     Only for `python -m keras_gemma_ft.VERB`, whose start costs 0.1 s.
     """
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    if environment and spec and spec.name.startswith("keras_gemma_ft."):
+    if environment and packages.is_verb():
         sys.stdout.flush()
         os.environ.update(environment)
         os.execv(sys.executable, sys.orig_argv)

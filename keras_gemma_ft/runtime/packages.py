@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import platform
+import sys
 
 
 def installed(name):
@@ -18,6 +19,12 @@ def built_for_cuda(name):
     if name == "jax":
         return installed("jax_cuda12_plugin") or installed("jax_cuda13_plugin")
     return platform.system() == "Linux"
+
+
+def is_verb():
+    """Whether this process is `python -m keras_gemma_ft.VERB`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec is not None and spec.name.startswith("keras_gemma_ft.")
 
 
 def versions():

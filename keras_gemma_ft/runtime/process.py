@@ -10,7 +10,7 @@ import sys
 import traceback
 
 from keras_gemma_ft import command_line, config
-from keras_gemma_ft.runtime import memory
+from keras_gemma_ft.runtime import memory, output
 
 DONE, BUG, MISTAKE, RESUMABLE = 0, 1, 2, 75
 
@@ -35,21 +35,26 @@ def main(verb, doc):
     """Runs a verb as a process: flags in, one JSON line out, an exit code.
 
     Args:
-        verb: function of a `Config` that returns the result as a dict.
+        verb: function of a `Config` that returns the result as a dict; its
+            name is the verb's.
         doc: the verb's docstring, for `--help`.
 
     Everything that is printed on the way goes to stderr, so that the JSON
     object is stdout's last line.
     """
-    if {"--help", "-help", "-h", "--helpfull"} & set(sys.argv[1:]):
-        print(command_line.help_text(doc))
+    argv, name = sys.argv[1:], verb.__name__
+    if {"--help", "-help", "-h", "--helpfull"} & set(argv):
+        every = "--helpfull" in argv
+        print(command_line.help_text(doc, None if every else name))
         sys.exit(DONE)
     memory.restart(memory.allocator())
     signal.signal(signal.SIGTERM, _terminate)
     status, result = BUG, None
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            cfg = command_line.from_flags(sys.argv[1:])
+            cfg = command_line.from_flags(argv)
+            if unread := command_line.unread(argv, name):
+                output.say(unread)
             result, status = verb(cfg), DONE
         except config.UserError as error:
             print(f"Error: {error}", file=sys.stderr)

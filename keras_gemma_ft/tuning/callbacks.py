@@ -1,8 +1,9 @@
-"""Log, evaluate, checkpoint, stop: `keras.callbacks.Callback`s.
+"""Keras callbacks that log, evaluate, save checkpoints and stop the run.
 
-A Keras "epoch" here is a window of `--train.log_every` optimizer steps: at its
-end every backend has its values back in the variables and the loss metric is
-the window's exact mean. What is due in between happens at the window's end.
+What Keras calls an epoch is a window of `--train.log_every` optimizer steps
+here. At its end the values are back in the variables on every backend, and the
+loss metric is the exact mean over the window. An evaluation or a checkpoint
+that is due within a window happens at its end.
 """
 
 import math
@@ -32,9 +33,9 @@ class Clock(keras.callbacks.Callback):
         start: the step from which this process goes on.
     """
 
-    # Only counts: Keras need not wait for the device to call it, and does so
-    # from another thread. There `self.model` must not be read: on JAX it syncs
-    # the state, which the running step has donated.
+    # Keras calls it from another thread, without waiting for the device. There
+    # `self.model` must not be read: on JAX that fetches the state, whose memory
+    # the running step has been given.
     async_safe = True
 
     def __init__(self, folder, tokens, *, steps, start):
@@ -103,7 +104,7 @@ class Clock(keras.callbacks.Callback):
 
 
 class Evaluate(keras.callbacks.Callback):
-    """Held-out loss; keeps the best values; stops when patience is out.
+    """Evaluates on held-out rows, keeps the best values, and may stop the run.
 
     Args:
         folder: `RunFolder`.
@@ -130,7 +131,7 @@ class Evaluate(keras.callbacks.Callback):
             return
         self.due = _next(step, self.every)
         loss = self.model.held_out_loss(self.batches, self.count)
-        # What a stop is decided by is one number, to the last bit.
+        # All processes decide by the number of process 0, to the last bit.
         loss = hosts.gather(loss)[0]
         line = {"step": step, "eval_loss": loss}
         line["perplexity"] = math.exp(min(loss, 700.0))
@@ -149,7 +150,9 @@ class Evaluate(keras.callbacks.Callback):
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Checkpoints when due, at the end, on a signal and when time is up.
+    """Saves a checkpoint when one is due, on a signal, and when time is up.
+
+    The last step is always saved.
 
     Args:
         folder: `RunFolder`.
@@ -195,10 +198,10 @@ class Checkpoint(keras.callbacks.Callback):
 
 
 class StopOnNaN(keras.callbacks.Callback):
-    """Stops, without a checkpoint, once a loss or gradient is not finite.
+    """Stops the run without a checkpoint if loss or gradient is not finite.
 
-    In float16 a pass whose gradient is not finite is left out and the loss
-    scale halved, which helps unless it goes on and on: that stops, too.
+    In float16 one such pass is harmless: it is left out, and the loss scale is
+    halved. If that happens again and again, the run is stopped too.
     """
 
     def on_epoch_end(self, epoch, logs=None):

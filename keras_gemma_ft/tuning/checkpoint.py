@@ -1,9 +1,10 @@
-"""What a run needs to go on: complete or absent, verified, restored exactly.
+"""Checkpoints: all that a run needs to go on, and to end in the same bits.
 
-`checkpoints/<step>/` holds `state.safetensors` (what is trained, the
-optimizer, the seeds, what overflowed) and `state.json` (step, counts, the former's length, and
-a sha256 over both). The data position is the step: the order of the rows is a
-pure function of (seed, step).
+`checkpoints/<step>/` holds `state.safetensors` (what is trained, the optimizer,
+the seeds, the counts of overflows) and `state.json` (the step, the best
+evaluation, the tensors' length, and a sha256 over all of it). The folder is
+there whole or not at all. Where the run is in its data is not saved: the order
+of the rows follows from the seed and the step.
 """
 
 import hashlib

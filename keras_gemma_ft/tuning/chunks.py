@@ -13,9 +13,9 @@ from keras import ops
 from keras_gemma_ft.model import kernels, sharding, tables
 
 BYTES = 24 * 2**20
-# float16 rounds below 6e-5 and ends at 6e-8; one of 256,000 words may have a
-# share of less. So dz and dh are kept 1024 times as large: dh is at most twice
-# the largest number of the table (0.5 to 1 in Gemma 2), and 65,504 / 2048 is 32.
+# In float16 the share of one of 256,000 words could be rounded to 0 (below
+# 6e-8), so dz and dh are kept 1024 times as large. That overflows only where
+# the table has numbers above 32; Gemma 2's largest are 0.5 to 1.
 _LIFT = 2.0**10
 
 

@@ -1,8 +1,9 @@
-"""Where numbers stopped being finite: counted by layer, within the step.
+"""Counts, for each layer, how often numbers stopped being finite there.
 
-A pass is a micro-batch forward and backward. In each direction it counts for
-the layer where it began, because all layers behind it have it from there.
-Nothing waits for the device: the host reads the counts when it logs.
+One pass takes a micro-batch forward and backward. A pass that overflows counts
+for one layer in each direction, the layer where it began: the layers behind
+that one have their bad numbers from it. The device counts within the step, and
+the host reads the counts when it logs, so that nothing waits.
 
 A record is int32 [2, L]: passes that began to overflow in each of L layers, and
 for how many passes in a row it has gone on, at the layer where it began.
@@ -35,7 +36,7 @@ def record(names):
 
 
 def counted(kept, bad, direction):
-    """The record `kept` after one pass more.
+    """The record after one more pass.
 
     Args:
         kept: int32 [2, L].
@@ -93,7 +94,7 @@ def columns(variables, names):
 
 
 class Record:
-    """Both directions' records as the host reads them, all processes' in one.
+    """The records of both directions, read from the device, of all processes.
 
     Args:
         names: of the layers.
@@ -132,7 +133,7 @@ class Record:
 
 
 def _joined(records):
-    """Processes' records: counts summed, of what goes on the longest."""
+    """One record of many: the counts summed, and the longest row of passes."""
     records = np.array(records, "int32")
     longest = records[:, 1].max(-1).argmax()
     return np.stack([records[:, 0].sum(0), records[longest, 1]])

@@ -1,10 +1,11 @@
 """Soft-capped cross-entropy in chunks: [B, T, V] logits never exist.
 
-z = cap tanh(h E' / cap), loss = logsumexp(z) - z[y]. With E frozen (LoRA) only
-dh is wanted, d loss / dh = ((softmax(z) - onehot(y)) (1 - (z / cap)^2)) E, so
-each chunk leaves its dh and drops its logits, the idea of Cut Cross-Entropy
-(arXiv 2411.09009). With E trained, each chunk is recomputed instead. Tokens of
-weight 0 go last in their row, and chunks that hold no other are skipped.
+z = cap tanh(h E' / cap), loss = logsumexp(z) - z[y]. If the table E is frozen,
+as with LoRA, only dh is wanted: ((softmax(z) - onehot(y)) (1 - (z / cap)^2)) E.
+So each chunk keeps its dh and drops its logits, which is the idea of Cut
+Cross-Entropy (arXiv 2411.09009). If E is trained, the backward pass computes
+each chunk again. Tokens of weight 0 are moved to the end of their row, and a
+chunk that holds no others is skipped.
 
 Shapes: B rows, T tokens, c tokens a row of a chunk, C = B * c, d hidden, V
 words.

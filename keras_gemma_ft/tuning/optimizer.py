@@ -151,7 +151,7 @@ def _count(optimizer, variables, layers):
 
 
 def _measure(optimizer):
-    """Notes the gradient's norm where the optimizer clips by it.
+    """Keeps the gradient's norm, which the optimizer clips by, for the log.
 
     On the instance: on Torch, Keras swaps in a fused optimizer for its own
     classes only, and a subclass would fall back to one op per variable.

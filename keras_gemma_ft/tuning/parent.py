@@ -15,18 +15,18 @@ from keras_gemma_ft.model import lora
 
 
 class Parent(NamedTuple):
-    """What a run goes on from.
+    """What a run goes on from; without an adapter, nothing.
 
     Attributes:
-        adapter: `formats.adapters.Adapter`.
+        adapter: `formats.adapters.Adapter`, or None.
         sha256: of the file that holds its weights.
         chain: {"name", "sha256", "base", "when"} of it and of the adapters
             that it descends from, oldest first.
     """
 
-    adapter: object
-    sha256: str
-    chain: list
+    adapter: object = None
+    sha256: str | None = None
+    chain: tuple = ()
 
 
 def settle(cfg, backbone):
@@ -104,13 +104,13 @@ def _contradictions(cfg, adapter, typed):
 
 
 def read(cfg, backbone):
-    """The `Parent` that `cfg` names, or None; `cfg` is settled.
+    """The `Parent` that `cfg` names; `cfg` is what `settle` gave.
 
     Args:
         cfg, backbone: as of `settle`.
     """
     if not cfg.adapter:
-        return None
+        return Parent()
     adapter = adapters.read(cfg.adapter, backbone)
     file = adapters.weights_of(cfg.adapter)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -127,7 +127,7 @@ def read(cfg, backbone):
             f"--adapter={cfg.adapter} leaves out {len(missing)} layers "
             f"({missing[0]}, ...), which stay as they are"
         )
-    return Parent(adapter, digest, [*told.get("parents", []), own])
+    return Parent(adapter, digest, (*told.get("parents", ()), own))
 
 
 def _missing(adapter, layers):

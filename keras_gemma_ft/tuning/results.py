@@ -11,7 +11,10 @@ from keras_gemma_ft.tuning import room
 
 
 def summary(cfg, tuner, clock, backend, began):
-    """What is known of a run when `fit` has ended; tells of the batches."""
+    """The facts of a run whose training has ended, for summary.json.
+
+    It also says what the training step was compiled for.
+    """
     facts = {
         "status": "done",
         "backend": backend,
@@ -40,7 +43,7 @@ def summary(cfg, tuner, clock, backend, began):
 
 
 def _say_batches(facts, meter):
-    """What the training step was compiled for, and the wait for batches."""
+    """Says how often the step was compiled, and how long batches were late."""
     shapes = meter.compilations("train")
     listed = ", ".join(f"{rows}x{tokens}" for rows, tokens in shapes)
     count = facts["compiled_shapes"]
@@ -73,7 +76,7 @@ def device(backend):
 
 
 def device_peak_bytes(backend):
-    """The most bytes that this process had on its accelerator; 0 without."""
+    """The most bytes that this process had on its device; 0 on a CPU."""
     if backend == "jax":
         import jax
 
@@ -141,7 +144,7 @@ def write_adapters(path, backbone, travels=None):
 
 
 def show(samples):
-    """The before and after, for the person who watches."""
+    """Shows the answers from before and after to the person who watches."""
     for sample in samples:
         runtime.say(
             f"prompt  {sample['prompt'].strip()!r}\n"

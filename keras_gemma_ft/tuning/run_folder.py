@@ -7,7 +7,6 @@ process 0 reads and writes it for all; the others need not see its disk.
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import pathlib
 import shutil
@@ -15,32 +14,8 @@ import shutil
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.formats import atomic
 from keras_gemma_ft.model import hosts
+from keras_gemma_ft.tuning import identity
 
-# Settings that may differ when a run goes on: they change no number.
-_FREE = {
-    "run_dir",
-    "resume",
-    "backend",
-    # Its content counts, not where it lies.
-    "adapter",
-    "mesh",
-    "model.remat",
-    "model.scan",
-    "model.quantize_cache",
-    "device",
-    "compile",
-    "search",
-    "hosts.count",
-    "hosts.index",
-    "hosts.coordinator",
-    "hosts.local",
-    "data.cache",
-    "train.time_budget",
-    "train.keep_checkpoints",
-    "train.trackers",
-}
-# Parts of config.json that must be equal for a run to go on.
-_COMPARED = ("settings", "preset", "tokenizer", "data", "adapter", "template")
 _OWN = (
     "checkpoints",
     "adapter",
@@ -125,7 +100,7 @@ class RunFolder:
         """Refuses a run that is not the same one on every process."""
         told = json.dumps(description)
         first = json.loads(hosts.broadcast(told.encode()))
-        lines = list(_differences(first, json.loads(told)))
+        lines = list(identity.differences(first, json.loads(told)))
         if resume != first["settings"]["resume"]:
             lines.append("  --resume is given to some, --noresume to others")
         with hosts.agreed():
@@ -150,7 +125,7 @@ class RunFolder:
         if not old or not resume:
             self.write("config.json", description)
             return False
-        differences = list(_differences(old, description))
+        differences = list(identity.differences(old, description))
         if differences:
             raise config.UserError(
                 f"--run_dir={self.path} holds another run:\n"
@@ -265,47 +240,3 @@ class RunFolder:
         with atomic.replacing(self.path / "curves.png") as partial:
             figure.savefig(partial, format="png", dpi=110)
         pyplot.close(figure)
-
-
-def _differences(old, new):
-    """Lines that say how two descriptions of a run differ."""
-    for section in _COMPARED:
-        before, after = old.get(section), new.get(section)
-        if section != "settings":
-            if None in (before, after) and before != after:
-                yield f"  {section}: only {'now' if before is None else 'there'}"
-            elif before != after:
-                yield f"  {section}: its content has changed"
-            continue
-        for path in sorted({*before, *after} - _FREE):
-            if before.get(path) != after.get(path):
-                yield (
-                    f"  --{path}: {before.get(path)!r} there, "
-                    f"{after.get(path)!r} now"
-                )
-
-
-def describe(cfg, backend, loaded, job, parent=None):
-    """What config.json holds: settings, versions and fingerprints.
-
-    Args:
-        cfg: `config.Config`.
-        backend: Keras's name.
-        loaded: `presets.Loaded`.
-        job: `job.Job`.
-        parent: sha256 of the adapter that the run goes on from, or None.
-    """
-    found = {
-        "settings": config.flatten(cfg),
-        "backend": backend,
-        "versions": runtime.versions(),
-        "preset": loaded.fingerprint,
-        "tokenizer": loaded.tokenizer.fingerprint,
-        "data": job.fingerprints(),
-    }
-    if parent:
-        found["adapter"] = parent
-    if job.usage.jinja:
-        source = job.usage.jinja.encode()
-        found["template"] = hashlib.sha256(source).hexdigest()
-    return found

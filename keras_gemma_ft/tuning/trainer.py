@@ -25,6 +25,7 @@ from keras_gemma_ft.tuning import (
     checkpoint,
     feed,
     fine_tuner,
+    identity,
     optimizer,
     parent,
     results,
@@ -143,14 +144,9 @@ def run(cfg, backend):
                 sources.names(spec)
     folder = run_folder.RunFolder(cfg.run_dir)
     with room.needed(folder.path), folder.locked():
-        with hosts.agreed():
-            loaded = presets.open(cfg, full=not cfg.lora.rank)
-            taught.say_doubt(cfg, loaded)
-            own = loaded.causal_lm.backbone.get_config()
-            goes_on = parent.read(cfg, own)
-            job = Job.prepare(cfg, loaded, goes_on.chain if goes_on else ())
-        description = run_folder.describe(
-            cfg, backend, loaded, job, goes_on and goes_on.sha256
+        loaded, origin, job = _load(cfg)
+        description = identity.describe(
+            cfg, backend, loaded, job, origin.sha256
         )
         resumed = folder.open(description, resume=cfg.resume)
         summary = folder.read("summary.json")
@@ -164,7 +160,7 @@ def run(cfg, backend):
             steps=job.steps,
             warmup=job.warmup,
             start=folder.path / "start.safetensors",
-            adapter=goes_on and goes_on.adapter,
+            adapter=origin.adapter,
         )
         runtime.say(
             f"training {tuner.trainable_count():,} parameters "
@@ -172,6 +168,15 @@ def run(cfg, backend):
         )
         with trackers.following(cfg, folder):
             return _train(cfg, folder, job, tuner, began, backend)
+
+
+def _load(cfg):
+    """(`presets.Loaded`, `parent.Parent`, `Job`) of a run."""
+    with hosts.agreed():
+        loaded = presets.open(cfg, full=not cfg.lora.rank)
+        taught.say_doubt(cfg, loaded)
+        origin = parent.read(cfg, loaded.causal_lm.backbone.get_config())
+        return loaded, origin, Job.prepare(cfg, loaded, origin.chain)
 
 
 def _train(cfg, folder, job, tuner, began, backend):
