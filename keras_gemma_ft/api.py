@@ -93,7 +93,8 @@ def configure(settings):
 
 def _unknown(flags):
     """What unknown keywords are told: what flags are, in keywords."""
-    told = hints.unknown_flags(flags).replace("unknown flag", "unknown setting")
+    told = hints.unknown_flags(flags)
+    told = told.replace("unknown flag --", "unknown setting ")
     lines = [x for x in told.splitlines() if not x.startswith("--help")]
     for word, path in _paths().items():
         lines = [re.sub(rf"(?<=[ ,]){path}\b", word, x) for x in lines]
