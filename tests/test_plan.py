@@ -105,12 +105,56 @@ def test_devices_are_known_by_their_names():
     for name in devices.NAMES:
         found = devices.device(name)
         assert found.name == name and found.memory > 2**30
-    v3 = devices.device("tpu_v3_8")
-    assert (v3.count, v3.topology) == (8, "v3:2x2")
-    assert devices.device("v5e:4x4").count == 16
     assert devices.tpu_of("TPU v5 lite", 8).memory == 15.75 * 2**30
-    assert devices.device("t4x2").count == 2
-    assert devices.device("t4x2").flops == 65e12
+
+
+@pytest.mark.parametrize(
+    "name, count, topology",
+    # The number counts cores of a v3, v4 and v5p, chips of a v5e and v6e; a
+    # v5p's two cores are one device.
+    [
+        ("tpu_v3_8", 8, "v3:2x2"),
+        ("tpu_v3_32", 32, "v3:4x4"),
+        ("tpu_v4_8", 8, "v4:2x2x1"),
+        ("tpu_v4_16", 16, "v4:2x2x2"),
+        ("tpu_v5e_1", 1, "v5e:1x1"),
+        ("tpu_v5e_4", 4, "v5e:2x2"),
+        ("tpu_v5e_8", 8, "v5e:2x4"),
+        ("tpu_v5e_16", 16, "v5e:4x4"),
+        ("tpu_v5e_256", 256, "v5e:16x16"),
+        ("tpu_v5p_8", 4, "v5p:2x2x1"),
+        ("tpu_v5p_128", 64, "v5p:4x4x4"),
+        ("tpu_v6e_1", 1, "v6e:1x1"),
+        ("tpu_v6e_4", 4, "v6e:2x2"),
+        ("tpu_v6e_8", 8, "v6e:2x4"),
+        ("v5e:4x4", 16, "v5e:4x4"),
+    ],
+)
+def test_a_tpu_is_known_by_googles_count(name, count, topology):
+    found = devices.device(name)
+    assert (found.count, found.topology) == (count, topology)
+    generation = topology.partition(":")[0]
+    one = devices.device(next(n for n in devices.NAMES if generation in n))
+    assert (found.memory, found.flops) == (one.memory, one.flops)
+
+
+@pytest.mark.parametrize(
+    "name, count, one",
+    [
+        ("t4x2", 2, "t4"),
+        ("2xt4", 2, "t4"),
+        ("h100x8", 8, "h100"),
+        ("8xh100", 8, "h100"),
+        ("4xrtx4090", 4, "rtx4090"),
+        ("rtx4090x4", 4, "rtx4090"),
+        ("2xa100_80", 2, "a100_80"),
+    ],
+)
+def test_several_gpus_are_so_many_of_one(name, count, one):
+    found, single = devices.device(name), devices.device(one)
+    assert found.name == name and found.count == count and found.link > 0
+    for of_one in ("memory", "flops", "bandwidth", "dtype", "capability"):
+        assert getattr(found, of_one) == getattr(single, of_one)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +269,30 @@ def test_a_table_in_8_bits_is_planned_as_it_is_stored():
     assert found[0] - found[1] == words * d - 4 * words
 
 
-def test_an_unknown_device_is_told():
-    with pytest.raises(config.UserError, match="Did you mean: .*tpu_v5e_8"):
-        devices.device("tpu_v5_8")
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("tpu_v5_8", "tpu_v5p_8, tpu_v5e_8"),
+        ("tpu_v5e_2", "tpu_v5e_1, tpu_v5e_4"),
+        ("v5litepod-16", "tpu_v5e_16"),
+        ("v6e-8", "tpu_v6e_8"),
+        ("a100", "a100_40, a100_80?"),
+        ("4090", "rtx4090?"),
+        ("RTX 4090", "rtx4090?"),
+        ("2xT4", "2xt4?"),
+        ("8xh10", "8xh100"),
+        ("0xh100", "h100"),
+    ],
+)
+def test_an_unknown_device_is_told_the_near_ones(name, near):
+    with pytest.raises(config.UserError) as caught:
+        devices.device(name)
+    told = str(caught.value)
+    assert f"--device={name} is not known. Did you mean: {near}" in told
+    for other in ("tpu_v5e_1 _4 _8 _16", "rtx5090", "8xh100", "v5e:4x4"):
+        assert other in told
+    with pytest.raises(config.UserError, match="is not known. Known: tpu_v3_8"):
+        devices.device("zzz")
 
 
 # --- choosing ------------------------------------------------------------------

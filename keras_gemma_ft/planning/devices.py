@@ -7,6 +7,8 @@ dense 16-bit products with float32 accumulation. A v3 or v4 chip is two devices.
 """
 
 import dataclasses
+import difflib
+import math
 import os
 import re
 import time
@@ -49,20 +51,18 @@ class Device:
     sustained: float = 0.0
 
 
-# name: GiB, FLOP/s, bytes/s of memory, Gbit/s of links a chip, devices a chip
+# Chips of the slices that can be had (cloud.google.com/tpu/docs/v5e, v5p ...).
+_V3 = "2x2 4x4 4x8 8x8 8x16 16x16 16x32 32x32"
+_FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
+_CUBIC = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16"
+# generation: GiB, FLOP/s, bytes/s of memory, Gbit/s of links a chip, devices a
+# chip, what Google's names count of a chip (v3-8: cores, v5e-8: chips), slices
 _TPUS = {
-    "v3": (15.48, 61.5e12, 450e9, 2624, 2),
-    "v4": (15.25, 137.5e12, 600e9, 2400, 2),
-    "v5e": (15.75, 197e12, 819e9, 1600, 1),
-    "v5p": (95.74, 459e12, 2765e9, 4800, 1),
-    "v6e": (31.25, 918e12, 1640e9, 3584, 1),
-}
-_NAMED = {
-    "tpu_v3_8": "v3:2x2",
-    "tpu_v4_8": "v4:2x2x1",
-    "tpu_v5e_8": "v5e:2x4",
-    "tpu_v5p_8": "v5p:2x2x1",
-    "tpu_v6e_8": "v6e:2x4",
+    "v3": (15.48, 61.5e12, 450e9, 2624, 2, 2, _V3),
+    "v4": (15.25, 137.5e12, 600e9, 2400, 2, 2, _CUBIC),
+    "v5e": (15.75, 197e12, 819e9, 1600, 1, 1, _FLAT),
+    "v5p": (95.74, 459e12, 2765e9, 4800, 1, 2, _CUBIC),
+    "v6e": (31.25, 918e12, 1640e9, 3584, 1, 1, _FLAT),
 }
 # name: as nvidia-smi has it, GiB, TFLOP/s, GB/s, compute capability.
 # FLOP/s: NVIDIA's data sheets and, for GeForce (which accumulate in float32 at
@@ -93,6 +93,19 @@ _SUSTAINED = {"h200": 790, "t4": 24}
 _SHARE = 790 / 989
 # Bytes/s between the GPUs of a machine: PCIe 3.0 x16, what the least have.
 _PCIE = 15.75e9
+
+
+def _chips(slice_):
+    """Chips of a slice such as "2x4"."""
+    return math.prod(map(int, slice_.split("x")))
+
+
+# name: libtpu's, as in {"tpu_v5e_8": "v5e:2x4"}
+_NAMED = {
+    f"tpu_{generation}_{_chips(slice_) * counted}": f"{generation}:{slice_}"
+    for generation, (*_, counted, slices) in _TPUS.items()
+    for slice_ in slices.split()
+}
 NAMES = (*_NAMED, *_GPUS, "t4x2", "cpu")
 
 
@@ -104,27 +117,64 @@ def device(name):
     """
     if name == "cpu":
         return cpu()
-    if name in _GPUS:
-        return _gpu(name, 1)
-    several = re.fullmatch(r"(\w+)x([1-9]\d*)", name)
-    if several and several[1] in _GPUS:
-        return _gpu(several[1], int(several[2]))
+    count, card = _several(name)
+    if card in _GPUS:
+        return _gpu(card, count, name)
     topology = _NAMED.get(name, name)
     match = re.fullmatch(r"(v\d\w?):(\d+(?:x\d+)+)", topology)
     if not match or match[1] not in _TPUS:
-        raise config.UserError(
-            f"--device={name} is not known.{config.did_you_mean(name, NAMES)} "
-            f"Known: {', '.join(NAMES)}; several GPUs as h100x8; or a TPU "
-            f"topology such as v5e:4x4."
-        )
-    memory, flops, bandwidth, gigabits, each = _TPUS[match[1]]
-    chips = int(np.prod([int(n) for n in match[2].split("x")]))
+        raise config.UserError(_unknown(name))
+    memory, flops, bandwidth, gigabits, each, *_ = _TPUS[match[1]]
     # Half of the links' bits go out.
     link = gigabits * 1e9 / 8 / 2 / each
     return Device(
-        name, "tpu", chips * each, memory * GIB, flops, bandwidth, link,
-        "bfloat16", topology,
+        name, "tpu", _chips(match[2]) * each, memory * GIB, flops, bandwidth,
+        link, "bfloat16", topology,
     )  # fmt: skip
+
+
+def _several(name):
+    """(count, name of one) of "h100", "8xh100" and "h100x8"."""
+    before = re.fullmatch(r"([1-9]\d*)x(\w+)", name)
+    after = re.fullmatch(r"(\w+)x([1-9]\d*)", name)
+    if before:
+        return int(before[1]), before[2]
+    if after and name not in _GPUS:
+        return int(after[2]), after[1]
+    return 1, name
+
+
+def _unknown(name):
+    """What to say of a name that is none: up to three near ones, and all."""
+    plain = re.sub(r"[-\s]+", "_", name.lower()).replace("v5litepod", "v5e")
+    count, card = _several(plain.replace("rtx_", "rtx"))
+    tpu = re.fullmatch(r"(?:tpu_?)?(v\d[a-z]?)_?(\d+)", plain)
+    if tpu and tpu[1] in _TPUS:
+        near = [n for n in _NAMED if n.startswith(f"tpu_{tpu[1]}_")]
+        asked = int(tpu[2])
+        near.sort(key=lambda n: abs(int(n.rpartition("_")[2]) - asked))
+    else:
+        cards = [n for n in _GPUS if card in n and len(card) > 1]
+        near = cards or difflib.get_close_matches(card, NAMES, 3, 0.6)
+        if count > 1:
+            near = [f"{count}x{n}" for n in near if n in _GPUS]
+    told = f" Did you mean: {', '.join(near[:3])}?" if near else ""
+    return f"--device={name} is not known.{told} Known: {listed()}."
+
+
+def listed():
+    """Every name of a device, in words: TPUs by what their number may be."""
+    parts = []
+    for generation in _TPUS:
+        prefix = f"tpu_{generation}_"
+        found = [n for n in _NAMED if n.startswith(prefix)]
+        parts += [
+            " ".join([found[0], *(n[len(prefix) - 1 :] for n in found[1:])])
+        ]
+    return (
+        f"{', '.join((*parts, *_GPUS, 'cpu'))}; several GPUs as 8xh100; or a "
+        f"TPU topology such as v5e:4x4"
+    )
 
 
 def cpu(count=1):
@@ -194,10 +244,11 @@ def tpu_of(kind, count):
     return dataclasses.replace(found, name=f"{count} x {kind}", count=count)
 
 
-def _gpu(name, count):
+def _gpu(name, count, said=""):
     _, memory, flops, bandwidth, capability = _GPUS[name]
     return Device(
-        name if count == 1 else f"{name}x{count}", "gpu", count, memory * GIB,
+        said or (name if count == 1 else f"{count}x{name}"), "gpu", count,
+        memory * GIB,
         flops * 1e12, bandwidth * 1e9, _PCIE if count > 1 else 0,
         # A T4 only emulates bfloat16.
         "bfloat16" if capability >= 8.0 else "float16",

@@ -193,7 +193,7 @@ def here(backend):
             if known is None:
                 raise config.UserError(
                     f"--device=auto: JAX names this TPU {kind!r}, which has "
-                    f"no figures yet. Name one: {', '.join(devices.NAMES)}."
+                    f"no figures yet. Name one: {devices.listed()}."
                 )
             return known
         if found[0].platform == "cpu":
