@@ -6,8 +6,8 @@ import functools
 import keras
 import numpy as np
 import pytest
-
 import tiny
+
 from keras_gemma_ft import config
 from keras_gemma_ft.model import (
     attention,

@@ -236,7 +236,7 @@ def test_fewer_rows_than_a_micro_batch(tmp_path, tokenizer):  # noqa: F811
     path = tmp_path / "a.jsonl"
     path.write_text(
         '{"prompt": "two", "response": "four"}\n'
-        + '{"prompt": "two", "response": "%s"}\n' % " ".join(WORDS * 3)
+        + '{{"prompt": "two", "response": "{}"}}\n'.format(" ".join(WORDS * 3))
     )
     data = settings(path, pack=False, sequence_length=200)
     found = pipeline.prepare(data, tokenizer, "train", 0)

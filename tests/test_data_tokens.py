@@ -9,8 +9,7 @@ import pytest
 import sentencepiece
 
 from keras_gemma_ft.config import UserError
-from keras_gemma_ft.data import templates
-from keras_gemma_ft.data import tokens
+from keras_gemma_ft.data import templates, tokens
 from keras_gemma_ft.data.segments import Segment
 
 SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
@@ -130,7 +129,7 @@ def test_other_names_of_bos_and_eos():
     tokenizer = tokens.Tokenizer(path.read_bytes())
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (1, 2, 0)
     with pytest.raises(UserError, match="<end_of_turn>"):
-        tokenizer.end_of_turn
+        tokenizer.end_of_turn  # noqa: B018
 
 
 def test_encode_by_hand(tokenizer):

@@ -10,9 +10,7 @@ import pytest
 import sentencepiece
 
 from keras_gemma_ft import embedded
-from keras_gemma_ft.embedded import demo
-from keras_gemma_ft.embedded import sentences
-from keras_gemma_ft.embedded import tokenizer
+from keras_gemma_ft.embedded import demo, sentences, tokenizer
 
 VOCABULARY = (
     embedded.preset_folder() / "assets" / "tokenizer" / "vocabulary.spm"

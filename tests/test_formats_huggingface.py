@@ -215,7 +215,7 @@ def test_missing_and_truncated_shards(folder):
     message = refusal(folder)
     assert f"{first.name}: missing" in message
     assert f"{second.name}: missing, truncated or damaged" in message
-    for name, array in safetensors_names(folder):
+    for name, _array in safetensors_names(folder):
         assert f"{name}: missing" not in message
 
 

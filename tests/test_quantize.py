@@ -434,7 +434,7 @@ def test_no_float_kernel_ever_has_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(codes, "encode", spied)
     _loaded(folder, "nf4")
     # The table alone, which has come first or has not come yet.
-    assert {kind for kind in seen} <= {((353, 44), "float32")}
+    assert set(seen) <= {((353, 44), "float32")}
 
 
 def test_the_table_stays_as_it_is():

@@ -35,7 +35,7 @@ def limited(size):
 
 
 def partials(folder):
-    return [p for p in pathlib.Path(folder).rglob("*.partial")]
+    return list(pathlib.Path(folder).rglob("*.partial"))
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):

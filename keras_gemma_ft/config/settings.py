@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from keras_gemma_ft.config.answers import Generate
+from keras_gemma_ft.config.data import Data
 from keras_gemma_ft.config.fields import (
     UserError,
     at_least,
@@ -10,8 +12,6 @@ from keras_gemma_ft.config.fields import (
     that,
     understood,
 )
-from keras_gemma_ft.config.answers import Generate
-from keras_gemma_ft.config.data import Data
 from keras_gemma_ft.config.machine import Hosts, Model
 from keras_gemma_ft.config.tuning import Lora, Train
 from keras_gemma_ft.config.words import mesh, preset

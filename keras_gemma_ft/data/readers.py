@@ -249,7 +249,8 @@ def _parquet(path, data=Data()):
     try:
         number = 0
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for number, record in enumerate(batch.to_pylist(), number + 1):
+            rows = batch.to_pylist()
+            for number, record in enumerate(rows, number + 1):  # noqa: B020
                 yield number, record, flaw(record)
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is no Parquet file: {error}") from error

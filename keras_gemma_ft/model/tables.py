@@ -7,7 +7,6 @@ part of its words is ever dequantised at once.
 Shapes: V words, d hidden, C tokens.
 """
 
-import keras
 from keras import ops
 
 from keras_gemma_ft.model import kernels, sharding

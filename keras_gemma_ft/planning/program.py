@@ -19,7 +19,7 @@ import numpy as np
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import pipeline
 from keras_gemma_ft.model import sharding
-from keras_gemma_ft.tuning import fine_tuner, trainer
+from keras_gemma_ft.tuning import trainer
 
 
 @dataclasses.dataclass(frozen=True)

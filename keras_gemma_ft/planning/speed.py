@@ -9,7 +9,6 @@ import math
 from keras_gemma_ft.model import attention
 from keras_gemma_ft.planning import devices, memory, shapes
 
-
 # Share of the H200's sheet, over all FLOPs of a step of 2B with all-linear LoRA
 # of rank 8: 36,210 and 24,102 token/s on Torch in bfloat16 (4 x 1024 kept, 2 x
 # 4096 recomputed), 19,786 in float16 (4 x 1024 recomputed); 28,187, 18,848 and,

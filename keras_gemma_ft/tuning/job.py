@@ -140,9 +140,7 @@ def _usage(cfg, loaded, layout, parents):
                 "targets": list(config.targets(lora)),
             },
         },
-        when=datetime.datetime.now(datetime.timezone.utc).isoformat(
-            "T", "seconds"
-        ),
+        when=datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
         parents=parents,
     )
 

@@ -64,7 +64,6 @@ def main():
 def compiled(args):
     """The costs of one compilation."""
     sys.modules["tensorflow"] = sys.modules["tensorflow_text"] = None
-    import jax
     import keras_hub
 
     from keras_gemma_ft.planning import program

@@ -224,7 +224,7 @@ def _command(args, verb, *flags):
     """(the JSON line of one of our commands, None) or (None, its error)."""
     done = subprocess.run(
         [sys.executable, "-m", f"keras_gemma_ft.{verb}", *flags],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, **(table.QUICK if args.quick else {})},
     )  # fmt: skip
     if done.returncode == 0:

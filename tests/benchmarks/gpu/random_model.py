@@ -119,7 +119,7 @@ def transformers_model(sizes, dtype, device, in_4_bits=False):
         return made
     import peft
 
-    for name, parent in list(made.named_modules()):
+    for _name, parent in list(made.named_modules()):
         for child, layer in list(parent.named_children()):
             if isinstance(layer, torch.nn.Linear) and child != "lm_head":
                 setattr(parent, child, _in_4_bits(layer, kind, device))
