@@ -308,6 +308,22 @@ class Run:
         return "\n".join([*parts, _table(self.samples)])
 
 
+def open(path):
+    """The `Run` of a folder that `tune` or the train verb wrote.
+
+    Raises:
+        config.UserError: the folder holds no run.
+    """
+    run = Run(path)
+    with _told():
+        if not (run.path / "config.json").exists():
+            raise config.UserError(
+                f"{path} holds no run. Expected a run folder, which holds a "
+                f'config.json: open("runs/default").'
+            )
+    return run
+
+
 # What a look at a run begins with.
 _SHOWN = (
     "status", "preset", "steps", "tokens", "train_loss", "eval_loss_before",

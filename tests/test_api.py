@@ -91,7 +91,7 @@ def test_in_a_notebook(tuned, tmp_path):
     cells = [
         "import keras_gemma_ft as kgf",
         "kgf.tune(lora_rnak=3)",
-        f"kgf.Run({str(tuned.path)!r})",
+        f"kgf.open({str(tuned.path)!r})",
     ]
     book = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(cell) for cell in cells]
@@ -113,6 +113,11 @@ def test_in_a_notebook(tuned, tmp_path):
     assert '<img src="data:image/png;base64,iVBOR' in page
     assert "<td>eval_loss</td>" in page
     assert f"<td>{tuned.samples[0]['reference']}</td>" in page
+
+
+def test_a_folder_without_a_run_is_not_opened(tmp_path):
+    with pytest.raises(config.UserError, match="holds no run"):
+        kgf.open(tmp_path)
 
 
 def test_keywords_are_the_flags():
