@@ -9,6 +9,10 @@ import re
 class UserError(Exception):
     """A mistake that the user can mend: the message says how. Exit 2."""
 
+    def _render_traceback_(self):
+        """What IPython shows of it: no frames."""
+        return [f"Error: {self}"]
+
 
 def setting(default, help, choices=None, expect=None):
     """A field with its flag's help text and what it takes.

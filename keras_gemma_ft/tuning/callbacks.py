@@ -11,9 +11,9 @@ import sys
 import time
 
 import keras
-import tqdm
 from keras import ops
 from safetensors import numpy as safetensors
+from tqdm import auto
 
 from keras_gemma_ft import runtime
 from keras_gemma_ft.formats import atomic
@@ -43,7 +43,7 @@ class Clock(keras.callbacks.Callback):
         self.folder, self.tokens, self.steps = folder, tokens, steps
         self.seconds, self.waited, self.losses = 0.0, 0.0, []
         self.row_tokens = 0
-        self.bar = tqdm.tqdm(
+        self.bar = auto.tqdm(
             total=steps,
             initial=start,
             desc="training",

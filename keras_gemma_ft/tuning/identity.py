@@ -25,6 +25,7 @@ _FREE = {
     "data.cache",
     "train.time_budget",
     "train.keep_checkpoints",
+    "train.trackers",
 }
 # Parts of config.json that must be equal for a run to go on.
 _COMPARED = ("settings", "preset", "tokenizer", "data", "adapter", "template")

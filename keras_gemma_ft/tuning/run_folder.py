@@ -29,6 +29,10 @@ _OWN = (
     "samples.jsonl",
     "curves.png",
     "config.json",
+    "trackers.json",
+    "tensorboard",
+    "wandb",
+    "mlruns",
 )
 
 
@@ -41,6 +45,8 @@ class RunFolder:
 
     def __init__(self, path):
         self.path = pathlib.Path(path).expanduser()
+        # Functions that get every metrics line on process 0.
+        self.listeners = []
         hosts.once(self._make)
 
     def _make(self):
@@ -183,6 +189,8 @@ class RunFolder:
             return
         data = f"{json.dumps(line)}\n".encode()
         atomic.append(self.path / "metrics.jsonl", data)
+        for tell in self.listeners:
+            tell(line)
 
     def metrics(self):
         """The lines of metrics.jsonl; a torn last line is left out."""

@@ -31,6 +31,7 @@ from keras_gemma_ft.tuning import (
     results,
     room,
     run_folder,
+    trackers,
 )
 from keras_gemma_ft.tuning.job import Job
 
@@ -137,6 +138,7 @@ def run(cfg, backend):
     hosts.start(cfg)
     # A mistyped path should not wait for 18 GB of weights.
     with hosts.agreed():
+        trackers.named(cfg.train.trackers)
         for split in ("train", "eval"):
             if spec := examples.spec(cfg.data, split):
                 sources.names(spec)
@@ -164,7 +166,8 @@ def run(cfg, backend):
             f"training {tuner.trainable_count():,} parameters "
             f"for {job.steps} steps"
         )
-        return _train(cfg, folder, job, tuner, began, backend)
+        with trackers.following(cfg, folder):
+            return _train(cfg, folder, job, tuner, began, backend)
 
 
 def _load(cfg):
