@@ -167,6 +167,7 @@ def check_finished(outputs, run_dir, steps):
         "adapter/README.md",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
+        "adapter/keras_gemma_ft.json",
         "config.json",
         "curves.png",
         "metrics.jsonl",

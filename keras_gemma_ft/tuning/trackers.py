@@ -126,7 +126,12 @@ class TensorBoard:
         import tensorboardX
 
         self.id, self.settings = "tensorboard", settings
-        self.writer = tensorboardX.SummaryWriter(str(path / self.id))
+        place = path / self.id
+        # Their names are of whole seconds: a second would replace a first.
+        number = len(list(place.glob("events.*")))
+        self.writer = tensorboardX.SummaryWriter(
+            str(place), filename_suffix=f".{number}"
+        )
         self.last = 0
 
     def log(self, step, values):
