@@ -65,6 +65,17 @@ def to_type(text):
             "--data.micro_batch_size=1 --data.batch_size=4",
         ),
         ("--per_device_train_batch_size=2", "--data.batch_size=2"),
+        (
+            "--per_device_train_batch_size=2 --data.batch_size=16",
+            "--data.micro_batch_size=2 --data.batch_size=16",
+        ),
+        (
+            "--gradient_accumulation_steps=8 --data.batch_size=32",
+            "--data.micro_batch_size=4 --data.batch_size=32",
+        ),
+        ("--no_gradient_checkpointing", "--model.remat=none"),
+        ("--no-packing --noflash_attention", "--data.pack=false"),
+        ("--keep_checkpoint", ""),
         ("--load_in_4bit", "--model.quantize=nf4"),
         ("--load_in_4bit True --fp16=False", "--model.quantize=nf4"),
         ("--fp16", "--model.dtype=float16"),

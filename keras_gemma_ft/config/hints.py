@@ -93,12 +93,12 @@ def _plain(name):
 def _answer(flag, paths, batch):
     """(what an unknown flag is told, the words to type instead)."""
     path, value = _own(flag, paths)
-    word = WORDS.get(_elsewhere(flag.name, paths))
+    word, theirs = _elsewhere(flag, paths)
     if path and not (word and word.values):
         return f" Did you mean: {path}?", [_flag(path, value)]
     if word:
         rows = flag.name in _BATCH
-        instead = rows and batch or _instead(word, flag.value)
+        instead = rows and batch or _instead(word, theirs)
         if not instead:
             return f" {word.note or 'That value needs no flag here.'}", []
         if choices := _choices(instead[0]):
@@ -106,7 +106,9 @@ def _answer(flag, paths, batch):
         note = f" {word.note}" if rows else ""
         return f" Here it is {shlex.join(instead)}.{note}", instead
     if near := near_misses(flag.name, [*paths, "config"]):
-        instead = [_flag(near[0], flag.value)] if len(near) == 1 else []
+        # A setting that takes a value is not typed without one.
+        sure = flag.value is not None or type(paths.get(near[0])) is bool
+        instead = [_flag(near[0], flag.value)] if sure and not near[1:] else []
         return f" Did you mean: {', '.join(near)}?", instead
     if near := near_misses(flag.name, WORDS):
         return f" Did you mean: {', '.join(near)}?", []
@@ -145,13 +147,21 @@ def _own(flag, paths):
     return None, None
 
 
-def _elsewhere(name, paths):
-    """The name in `WORDS` that is meant: lr of lr, --train.lr, train_lr."""
-    plain = _plain(name)
+def _elsewhere(flag, paths):
+    """(row of the table, value) that a flag means, or (None, None).
+
+    The row of lr is found by lr, --train.lr, train_lr; that of packing by
+    no_packing too, as a switch that is off.
+    """
     sections = "|".join({path.partition(".")[0] for path in paths})
-    last = _plain(name.rpartition(".")[2])
-    guesses = (plain, last, re.sub(f"^({sections})_", "", plain))
-    return next((guess for guess in guesses if guess in WORDS), None)
+    off = str(not on(flag.value)).lower()
+    bare = re.sub("^no[-_]?", "", flag.name)
+    for name, value in ((flag.name, flag.value), (bare, off)):
+        plain, last = _plain(name), _plain(name.rpartition(".")[2])
+        for guess in (plain, last, re.sub(f"^({sections})_", "", plain)):
+            if guess in WORDS:
+                return WORDS[guess], value
+    return None, None
 
 
 def _instead(word, value):
@@ -177,17 +187,21 @@ _BATCH = (*_ROWS, _TIMES)
 def _batch(found):
     """The words for a micro-batch and how many of them make a step.
 
-    Elsewhere one multiplies them, here the product is typed. Empty if no
-    flag accumulates.
+    Elsewhere one multiplies them, here the product is typed. Empty if
+    nothing accumulates.
     """
-    typed = {flag.name: flag.value for flag in found}
-    names = ("data.micro_batch_size", *_ROWS)
-    # 8 is what transformers takes without a flag.
-    rows = next((typed[name] for name in names if name in typed), "8")
+    typed = {
+        flag.name: int(flag.value)
+        for flag in found
+        if flag.value and flag.value.isdecimal()
+    }
+    micro, step = "data.micro_batch_size", typed.get("data.batch_size")
+    rows = next((typed[n] for n in (micro, *_ROWS) if n in typed), None)
     times = typed.get(_TIMES)
-    if not (times and times.isdecimal() and rows and rows.isdecimal()):
+    if step:  # What is typed in our words stays.
+        rows = rows or step // (times or step)
+        return [_flag(micro, rows)] if micro not in typed else []
+    if not times:
         return []
-    return [
-        _flag("data.micro_batch_size", rows),
-        _flag("data.batch_size", int(rows) * int(times)),
-    ]
+    rows = rows or 8  # What transformers takes without a flag.
+    return [_flag(micro, rows), _flag("data.batch_size", rows * times)]
