@@ -146,6 +146,8 @@ def test_keywords_are_the_flags():
     ],
 )
 def test_mistakes_are_told_in_keywords(given, words, tmp_path):
+    import keras  # noqa: F401  Its backend cannot be changed any more.
+
     with pytest.raises(config.UserError) as told:
         kgf.tune(run_dir=tmp_path, **given)
     assert all(word in str(told.value) for word in words), told.value
