@@ -1,6 +1,6 @@
 """Complete prompts, or chat at the terminal, with or without an adapter.
 
-python -m keras_gemma_ft.generate --adapter=runs/default \
+python -m keras_gemma_ft.generate --adapter=runs/default \\
     --generate.prompt='Set a timer for ten minutes'
 python -m keras_gemma_ft.generate --adapter=runs/default     (chat)
 """

@@ -4,7 +4,7 @@ python -m keras_gemma_ft.train
     tunes the embedded model on the embedded task, offline, on any machine.
 python -m keras_gemma_ft.train --preset=gemma2_2b_en --data.train=mine.jsonl
     tunes the real one on your records.
-python -m keras_gemma_ft.train --adapter=runs/default --run_dir=runs/next \
+python -m keras_gemma_ft.train --adapter=runs/default --run_dir=runs/next \\
     --data.train=more.jsonl
     goes on from an adapter with other records.
 """

@@ -3,6 +3,7 @@
 import configparser
 import importlib
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -87,6 +88,19 @@ def test_help_shows_what_a_verb_reads_and_the_dozen_first():
     asked = shown(command_line.help_text("Doc.", "generate"))
     assert not [path for path in asked if path.startswith(("train.", "lora."))]
     assert len(asked) < 30
+
+
+def test_help_may_be_read_in_part():
+    there, here = os.pipe()
+    os.close(there)  # As `head` does when it has had enough.
+    done = subprocess.run(
+        [sys.executable, "-m", "keras_gemma_ft.plan", "--helpfull"],
+        stdout=here,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    os.close(here)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_flag_that_a_verb_does_not_read_is_told():

@@ -45,7 +45,7 @@ def main(verb, doc):
     argv, name = sys.argv[1:], verb.__name__
     if {"--help", "-help", "-h", "--helpfull"} & set(argv):
         every = "--helpfull" in argv
-        print(command_line.help_text(doc, None if every else name))
+        _show(command_line.help_text(doc, None if every else name))
         sys.exit(DONE)
     memory.restart(memory.allocator())
     signal.signal(signal.SIGTERM, _terminate)
@@ -81,6 +81,15 @@ def main(verb, doc):
         sys.stderr.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     sys.exit(status)
+
+
+def _show(text):
+    """Prints `text`, of which a reader such as `head` may take only a part."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python would try again, and complain, when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 _ABORT = {}
