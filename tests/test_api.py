@@ -12,7 +12,7 @@ import pandas
 import pytest
 
 import keras_gemma_ft as kgf
-from keras_gemma_ft import api, config, runtime
+from keras_gemma_ft import api, config, keywords, runtime
 
 pytestmark = pytest.mark.once
 RECORDS = [{"prompt": f"Say {i}", "response": f"{i} it is"} for i in range(24)]
@@ -32,6 +32,7 @@ def tuned(tmp_path_factory):
     """A run that was stopped after a step, and that the same call ended."""
     path = tmp_path_factory.mktemp("door") / "run"
     given = {**SHORT, "data_train": RECORDS, "run_dir": path}
+    assert kgf.tune is api.tune
     first = kgf.tune(**given, train_time_budget="0.01s")
     assert first.summary["status"] == "stopped" and first.metrics
     with pytest.raises(config.UserError, match="no adapter yet"):
@@ -43,7 +44,7 @@ def test_the_door_does_what_the_verb_does(tuned, tmp_path):
     (file,) = tuned.path.glob("data_train-*.jsonl")
     lines = file.read_text("utf-8").splitlines()
     assert [json.loads(line) for line in lines] == RECORDS
-    paths = api._paths()
+    paths = keywords.paths()
     flags = [f"--{paths[k]}={v}" for k, v in SHORT.items()]
     flags += [f"--data.train={file}", f"--run_dir={tmp_path}"]
     done = subprocess.run(
@@ -121,10 +122,10 @@ def test_a_folder_without_a_run_is_not_opened(tmp_path):
 
 
 def test_keywords_are_the_flags():
-    paths = api._paths()
+    paths = keywords.paths()
     known = [path for path, _, _ in config.walk(config.Config())]
     assert sorted(paths.values()) == sorted([*known, "config"])
-    cfg = api.configure(
+    cfg = keywords.configure(
         {"lora_rank": 16, "resume": False, "lora_targets": ["q_proj", "query"]}
     )
     assert (cfg.lora.rank, cfg.resume) == (16, False)
@@ -156,7 +157,7 @@ def test_mistakes_are_told_in_keywords(given, words, tmp_path):
 
 def test_frames_hold_the_records_of_lists(tmp_path):
     table = pandas.DataFrame({"prompt": ["ä", "b"], "response": ["1", None]})
-    file = pathlib.Path(api._write(tmp_path, "data_eval", table))
+    file = pathlib.Path(keywords.write(tmp_path, "data_eval", table))
     lines = [json.loads(x) for x in file.read_text("utf-8").splitlines()]
     assert lines == [
         {"prompt": "ä", "response": "1"},

@@ -19,6 +19,7 @@ BELOW = {
     "config": {"config"},
     "command_line": {"config"},
     "runtime": {"config", "command_line"},
+    "keywords": {"config", "command_line", "formats"},
     "embedded": {"config", "runtime"},
     "data": {"config"},
     "formats": {"config"},

@@ -291,7 +291,7 @@ def test_16_bit_gradients_compiled(multiplied, dtype, monkeypatch):
         chunks.losses_and_dz, dynamic=False, fullgraph=True,
         backend="aot_eager_decomp_partition",
     )  # fmt: skip
-    monkeypatch.setattr(loss, "_compiled", lambda: run)
+    monkeypatch.setattr(chunks, "_compiled", lambda: run)
     for scale in SCALES:
         apart = apart_in_16_bits(dtype, scale, chunk=8, compiled=True)
         assert apart < PRECISION[dtype]
