@@ -412,6 +412,8 @@ def test_only_a_verb_is_started_again(cpu, spec, again):
 
 def test_jax_keeps_its_programs(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # What a verb that ran in this process has set.
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     code = (
         "import os\n"
         "from keras_gemma_ft import config, runtime\n"
