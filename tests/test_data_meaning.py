@@ -5,6 +5,7 @@ Each input here was once learned wrongly or refused without a way out.
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import re
@@ -272,13 +273,9 @@ def test_no_value_is_serialised(prepare, record, reason):
 
 
 def test_numbers_are_written_as_people_write_them(prepare, tokenizer):
-    rows = {"prompt": [1.5, None, 2], "response": [1.0, 3.0, float("nan")]}
     table = pyarrow.table(
-        {"prompt": pyarrow.array(["x", "y", "z"]),
-         "response": pyarrow.array(rows["response"])}
-    )  # fmt: skip
-    import io
-
+        {"prompt": ["x", "y", "z"], "response": [1.0, 3.0, float("nan")]}
+    )
     file = io.BytesIO()
     pyarrow.parquet.write_table(table, file)
     with pytest.raises(
@@ -595,6 +592,11 @@ def test_a_comma_in_a_headers_name_separates_nothing(prepare, tokenizer):
     named = {"prompt_field": "q, or a, or b", "response_field": "response"}
     found = prepare(text, name="a.csv", **named)
     assert ids_of(found) == conversation(tokenizer, "a", "b")
+
+
+def test_a_tsv_is_parted_by_tabs(prepare, tokenizer):
+    found = prepare(b"a, b\tc\n", name="a.tsv", columns="prompt,response")
+    assert ids_of(found) == conversation(tokenizer, "a, b", "c")
 
 
 def test_a_csv_without_a_header(prepare, tokenizer):

@@ -34,6 +34,7 @@ from keras_gemma_ft.config.words import (
     duration,
     mesh,
     preset_hint,
+    roles,
     seconds,
     targets,
 )

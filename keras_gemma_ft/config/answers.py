@@ -12,7 +12,9 @@ class Generate:
 
     prompt: str = setting("", "one prompt; without it, chat at the terminal")
     prompt_file: str = setting(
-        "", "a text file, one prompt a line, or .jsonl with 'prompt'"
+        "",
+        "a text file, one prompt a line, or .jsonl with 'prompt' or "
+        "'messages', and 'tools'",
     )
     max_new_tokens: int = setting(
         256, "longest completion, in tokens", expect=at_least(1)

@@ -3,7 +3,14 @@
 import dataclasses
 import re
 
-from keras_gemma_ft.config.fields import at_least, names, setting, that
+from keras_gemma_ft.config.fields import (
+    at_least,
+    names,
+    setting,
+    that,
+    understood,
+)
+from keras_gemma_ft.config.words import roles
 
 _NAMES = names(r"[^,\s][^,]*", "expected names with commas between: name,name.")
 
@@ -15,7 +22,8 @@ class Data:
     train: str = setting(
         "demo",
         "training records: 'demo', or path[,path...] with globs "
-        "(.jsonl .json .csv .tsv .parquet .txt), or hf://dataset[:split]",
+        "(.jsonl .json .csv .tsv .parquet .txt, or compressed: .jsonl.gz), or "
+        "hf://dataset[:split]",
     )
     eval: str = setting(
         "auto",
@@ -57,11 +65,7 @@ class Data:
         "",
         "speakers of a conversation by other names: NAME=user,NAME=assistant,"
         "NAME=system,NAME=tool",
-        expect=names(
-            r"[^,=]+=\s*(user|assistant|model|system|tool)",
-            "expected NAME=ROLE,NAME=ROLE, where a role is user, assistant, "
-            "system or tool, as in --data.roles=narrator=assistant.",
-        ),
+        expect=understood(roles),
     )
     text_marks: str = setting(
         "stop",

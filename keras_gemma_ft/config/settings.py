@@ -51,8 +51,8 @@ class Config:
     )
     device: str = setting(
         "auto",
-        "plan: the machine, such as tpu_v3_8, tpu_v5e_8, t4, h100, cpu, or a "
-        "TPU topology (v5e:4x4); auto is the one this runs on",
+        "plan: the machine, such as tpu_v3_8, tpu_v5e_8, t4, 8xh100, cpu, or "
+        "a TPU topology (v5e:4x4); auto is the one this runs on",
     )
     compile: bool = setting(
         False, "plan: have the step compiled for that TPU, without one"

@@ -76,6 +76,23 @@ def mesh(text):
     return int(match[1]), int(match[2])
 
 
+_ROLES = ("user", "assistant", "model", "system", "tool")
+
+
+def roles(text):
+    """{speaker: role} of `NAME=ROLE,NAME=ROLE`, the names in small letters."""
+    found = {}
+    for entry in filter(None, map(str.strip, text.split(","))):
+        name, _, role = map(str.strip, entry.partition("="))
+        if not name or role not in _ROLES:
+            raise UserError(
+                f"{entry!r} is not NAME=ROLE, where a role is user, assistant, "
+                f"system or tool, as in --data.roles=narrator=assistant."
+            )
+        found[name.lower()] = role
+    return found
+
+
 _SECONDS = {"h": 3600, "m": 60, "s": 1, "": 1}
 
 

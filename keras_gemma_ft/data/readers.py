@@ -162,14 +162,11 @@ def _json(path, data=Data()):
         yield number, record, flaw(record)
 
 
-def _csv(path, data=Data(), delimiter=None):
+def _csv(path, data=Data(), auto=""):
     # Its own limit is 128 Kbyte a cell, less than one long document.
     csv.field_size_limit(MAX_LINE_BYTES)
-    if delimiter is None:
-        delimiter = {"tab": "\t", "auto": ""}.get(
-            data.delimiter, data.delimiter
-        )
-    delimiter = delimiter or _delimiter(path)
+    known = {"tab": "\t", "auto": auto}
+    delimiter = known.get(data.delimiter, data.delimiter) or _delimiter(path)
     # A strict reader sees a quote that is never closed.
     rows = csv.reader(_cells(path), delimiter=delimiter, strict=True)
     named = [name.strip() for name in filter(None, data.columns.split(","))]
@@ -229,8 +226,7 @@ def _cells(path):
 
 
 def _tsv(path, data=Data()):
-    given = {"auto": "\t", "tab": "\t"}
-    return _csv(path, data, given.get(data.delimiter, data.delimiter))
+    return _csv(path, data, auto="\t")
 
 
 def _txt(path, data=Data()):

@@ -4,10 +4,11 @@ Understood are lists of {"role", "content"}, ShareGPT's {"from", "value"}, and
 either as JSON text, which is how tables hold them.
 """
 
+import itertools
 import json
 from typing import NamedTuple
 
-from keras_gemma_ft.config import UserError
+from keras_gemma_ft import config
 from keras_gemma_ft.data import tools, values
 from keras_gemma_ft.data.values import BadRecord
 
@@ -53,21 +54,8 @@ class Turn(NamedTuple):
 
 
 def speakers(spec):
-    """`ROLES` and what `--data.roles` adds: {name: role}.
-
-    Raises:
-        UserError: an entry is not NAME=ROLE with a known role.
-    """
-    added = {}
-    for entry in filter(None, map(str.strip, spec.split(","))):
-        name, _, role = map(str.strip, entry.partition("="))
-        if not name or role.lower() not in ROLES:
-            raise UserError(
-                f"--data.roles: {entry!r} is not NAME=ROLE. Type, for "
-                f"example, --data.roles={name or 'narrator'}=user; the roles "
-                "are user, assistant, system and tool."
-            )
-        added[name.lower()] = ROLES[role.lower()]
+    """`ROLES` and what `--data.roles` adds: {name: role}."""
+    added = {name: ROLES[role] for name, role in config.roles(spec).items()}
     return {**ROLES, **added}
 
 
@@ -109,33 +97,50 @@ def messages(content, roles=ROLES):
     if not known:
         kind = type(content).__name__
         raise BadRecord(f"messages must be a list of turns, got {kind}")
-    found, results, ids, what = [], [], [], ""
-
-    def end_results():
+    spoken = [
+        (f"turn {number}", _role(number, message, roles), message)
+        for number, message in enumerate(known, 1)
+    ]
+    found, ids = [], []
+    for results, run in itertools.groupby(spoken, lambda s: s[1] == "tool"):
         if results:
-            texts = tools.in_order(results, ids, what)
-            found.append(Turn("user", "\n".join(texts)))
-            results.clear()
-
-    for number, message in enumerate(known, 1):
-        what, role = f"turn {number}", _role(number, message, roles)
-        content = message.get("content", message.get("value"))
-        if role == "tool":
-            text = tools.result(content, f"{what}'s text")
-            results.append((message.get("tool_call_id"), text))
+            found.append(_results([*run], ids))
             continue
-        end_results()
-        if role == "model":
-            turn, ids = _models(message, content, what)
-        elif role == "call":
-            learn = values.weight(message, what)
-            turn, ids = Turn("model", tools.call(content, what), learn), []
-        else:
-            turn = Turn(role, values.as_text(content, f"{what}'s text"))
-            _only_answers_are_learned(message, role, what)
-        found.append(turn)
-    end_results()
+        for what, role, message in run:
+            turn, called = _turn(what, role, message)
+            ids = ids if called is None else called
+            found.append(turn)
     return found
+
+
+def _content(message):
+    return message.get("content", message.get("value"))
+
+
+def _results(run, ids):
+    """The user's turn that gives the results of the calls `ids`."""
+    what, *_ = run[-1]
+    results = [
+        (
+            message.get("tool_call_id"),
+            tools.result(_content(message), f"{where}'s text"),
+        )
+        for where, _, message in run
+    ]
+    return Turn("user", "\n".join(tools.in_order(results, ids, what)))
+
+
+def _turn(what, role, message):
+    """`(Turn, ids of the calls that it makes)`; None where it cannot call."""
+    content = _content(message)
+    if role == "model":
+        return _models(message, content, what)
+    if role == "call":
+        text = tools.call(content, what)
+        return Turn("model", text, values.weight(message, what)), []
+    turn = Turn(role, values.as_text(content, f"{what}'s text"))
+    _only_answers_are_learned(message, role, what)
+    return turn, None
 
 
 def _role(number, message, roles):
