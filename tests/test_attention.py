@@ -343,10 +343,10 @@ def test_a_device_that_does_not_suit_is_told(monkeypatch, capsys):
 
     heads = itertools.count(1000)  # Never asked about before.
 
-    def asked(capability, dtype="bfloat16"):
+    def asked(capability, dtype="bfloat16", length=2048):
         device = types.SimpleNamespace(compute_capability=capability)
         monkeypatch.setattr(jax, "devices", lambda: [device])
-        q = np.zeros((1, next(heads), 1, 8), dtype)
+        q = np.zeros((1, next(heads), length, 8), dtype)
         assert not fused.suits(q, q, q, 50.0)
         return capsys.readouterr().err
 
@@ -359,6 +359,7 @@ def test_a_device_that_does_not_suit_is_told(monkeypatch, capsys):
     # Where it cannot be imported, or its compiler refuses: what that says.
     monkeypatch.setitem(sys.modules, "tokamax", None)
     assert "blocks, tokamax: " in asked("10.0")
+    assert not asked("9.0", length=1024)  # As fast by ours: not even tried.
     monkeypatch.setattr(kernels, "on_gpu", lambda: False)
     assert not fused.suits(*[np.zeros((1, 1, 1, 8), "float16")] * 3, 50.0)
 

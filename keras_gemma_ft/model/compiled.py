@@ -174,16 +174,72 @@ class Blocks:
         if not x.requires_grad:
             # As in every other block, which so is the same function.
             x = x.detach().requires_grad_(trained)
-        finite = []
+        finite, adapters = [], self._adapters()
         for i, block in enumerate(backbone.transformer_layers):
             look = looks[bool(block.use_sliding_window_attention)]
             seed = None if seeds is None else seeds[i]
             x = self._run(
-                tensors(backbone, block, pairs), look, rope, seed, x,
-                self.recompute and trained,
+                {**tensors(backbone, block, pairs), **adapters[i]},
+                look, rope, seed, x, self.recompute and trained,
             )  # fmt: skip
             finite.append(kernels.finite(x))
         return x, torch.stack(finite)
+
+
+    def _adapters(self):
+        """For each block {"target/a": A, "target/b": s B}, in `facts.compute`.
+
+        For all blocks at once: one by one a step would be 42 kernels a block
+        more, each of a few microseconds, for which a GPU waits for its host.
+        """
+        blocks = self.backbone.transformer_layers
+        if self.facts.low is None:
+            return [{} for _ in blocks]
+        names = config.targets(self.backbone.lora)
+        layers = [[lora.layer(block, n) for n in names] for block in blocks]
+        pairs = [
+            [getattr(dense, kind).value for row in layers for dense in row]
+            for kind in ("lora_kernel_a", "lora_kernel_b")
+        ]
+        a, b = _rounded(self.facts.compute, self.facts.low, *pairs)
+        rows = range(0, len(a), len(names))
+        return [
+            {
+                **{f"{n}/a": v for n, v in zip(names, a[i:])},
+                **{f"{n}/b": v for n, v in zip(names, b[i:])},
+            }
+            for i in rows
+        ]
+
+
+def _rounded(dtype, factor, first, second):
+    """(first, factor times second), lists of tensors, in dtype."""
+    half = len(first)
+    found = _rounding().apply(dtype, factor, half, *first, *second)
+    return found[:half], found[half:]
+
+
+@functools.cache
+def _rounding():
+    import torch
+
+    def copied(values, dtype, factor, half):
+        found = [torch.empty_like(v, dtype=dtype) for v in values]
+        torch._foreach_copy_(found, list(values))
+        torch._foreach_mul_(found[half:], factor)
+        return found
+
+    class Rounding(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, dtype, factor, half, *values):
+            ctx.settings = values[0].dtype, factor, half
+            return tuple(copied(values, dtype, factor, half))
+
+        @staticmethod
+        def backward(ctx, *upstream):
+            return None, None, None, *copied(upstream, *ctx.settings)
+
+    return Rounding
 
 
 def inductor(graph, inputs, inner=None):
@@ -239,7 +295,7 @@ def _marks():
 
 
 def tensors(backbone, block, pairs=None):
-    """{name: tensor} of a block: norms, kernels or what is stored, A and B.
+    """{name: tensor} of a block: norms, and kernels or what is stored.
 
     Args:
         backbone: the model.
@@ -251,8 +307,6 @@ def tensors(backbone, block, pairs=None):
         for name in _NORMS
         if getattr(block, f"use_{name}", True)
     }
-    settings = getattr(backbone, "lora", None)
-    adapted = config.targets(settings) if settings else ()
     for target in config.TARGETS:
         dense = lora.layer(block, target)
         if dense._kernel is None:
@@ -261,9 +315,6 @@ def tensors(backbone, block, pairs=None):
                 found[target]["pairs"] = pairs
         else:
             found[target] = dense._kernel.value
-        if target in adapted:
-            found[f"{target}/a"] = dense.lora_kernel_a.value
-            found[f"{target}/b"] = dense.lora_kernel_b.value
     return found
 
 
@@ -371,9 +422,7 @@ def _project(facts, weights, targets, seed, x):
 
     shape, x = x.shape[:-1], x.flatten(0, -2)
     adapted = [name for name in targets if f"{name}/a" in weights]
-    matrices = [
-        _matrix(name, weights[f"{name}/a"]).to(x.dtype) for name in adapted
-    ]
+    matrices = [_matrix(name, weights[f"{name}/a"]) for name in adapted]
     if facts.dropout and seed is not None:
         low = [
             _dropped(facts, seed, name, x) @ matrix
@@ -390,10 +439,10 @@ def _project(facts, weights, targets, seed, x):
     for name in targets:
         y = x @ _kernel(facts, name, weights[name], x.dtype)
         if name in low:
-            b = weights[f"{name}/b"].to(x.dtype).flatten(1)
+            b = weights[f"{name}/b"].flatten(1)
             # [B T, r] or, with an A for each head, [B T n, r].
             u = low[name].reshape(-1, b.shape[0])
-            y = y + (u @ (facts.low * b)).reshape(y.shape)
+            y = y + (u @ b).reshape(y.shape)
         found.append(y.unflatten(0, shape))
     return found
 

@@ -12,6 +12,7 @@ are of blocks alone.
 """
 
 import contextlib
+import functools
 
 from keras_gemma_ft import config, runtime
 from tests.benchmarks import model
@@ -188,7 +189,7 @@ def scheduled(run):
     from keras_gemma_ft.model import compiled
 
     seen, before = [], compiled.inductor
-    compiled.inductor = lambda graph, inputs: _compile(graph, inputs, seen)
+    compiled.inductor = functools.partial(_compile, before, seen)
     try:
         run()
         seen.clear()
@@ -198,7 +199,7 @@ def scheduled(run):
     return sum(seen)
 
 
-def _compile(graph, inputs, seen):
+def _compile(inductor, seen, graph, inputs):
     """The graph by Inductor up to its schedule; then run op by op."""
     import copy
 
@@ -217,7 +218,7 @@ def _compile(graph, inputs, seen):
         call._boxed_call = True
         return call
 
-    return compile_fx.compile_fx(graph, inputs, inner_compile=inner)
+    return inductor(graph, inputs, inner)
 
 
 def _nodes(compile):
