@@ -3,9 +3,9 @@
 python -m keras_gemma_ft.train --config=configs/gemma2_2b_qlora.py \
     --data.train=mine.jsonl
 
-Hardware: a GPU with 8 GB. By `plan --backend=torch`, not run on a GPU yet:
-3.7 GiB, 2.1 of them weights (NF4 kernels, 16-bit embedding); 900 token/s on an
-RTX 3060, scaled from an H200.
+Hardware: a GPU with 8 GB. By `plan --backend=torch`, not run on such a
+card yet: 3.7 GiB, 2.1 of them weights (NF4 kernels, 16-bit embedding); 830
+token/s on an RTX 3060, scaled from an H200.
 """
 
 from keras_gemma_ft import config

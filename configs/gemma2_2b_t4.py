@@ -6,7 +6,7 @@ python -m keras_gemma_ft.train --config=configs/gemma2_2b_t4.py \
 
 Hardware: NVIDIA T4 (16 GB), which has no bfloat16. By `plan
 --backend=torch`, not run on a T4 yet: 6.5 GiB, 4.9 of them weights in float16;
-900 token/s, scaled from an H200.
+780 token/s, scaled from an H200.
 """
 
 from keras_gemma_ft import config

@@ -4,8 +4,8 @@ python -m keras_gemma_ft.train --config=configs/gemma2_9b_24gb.py \
     --data.train=mine.jsonl
 
 Hardware: an L4, A10G, RTX 3090 or RTX 4090. By `plan --backend=torch`,
-not run on a GPU yet: 8.8 GiB, 5.7 of them weights; 500 token/s on an L4 and
-1,200 on an RTX 4090, scaled from an H200.
+not run on such a card yet: 8.8 GiB, 5.7 of them weights; 400 token/s on an L4
+and 1,000 on an RTX 4090, scaled from an H200.
 """
 
 from keras_gemma_ft import config

@@ -17,7 +17,7 @@ PAGES = sorted(
 # Flags of other programs, and of the benchmarks' own command lines.
 # Flags of the benchmarks' own command lines, and of other programs.
 BENCHMARKS = (
-    "against backend budget check device dtype ffw head_dim hidden launches "
+    "against backend budget check contenders device dtype ffw head_dim hidden launches "
     "layers mesh quick rows size step words"
 )
 OTHERS = {

@@ -185,7 +185,6 @@ class Blocks:
             finite.append(kernels.finite(x))
         return x, torch.stack(finite)
 
-
     def _adapters(self):
         """For each block {"target/a": A, "target/b": s B}, in `facts.compute`.
 
