@@ -44,7 +44,8 @@ def traced(monkeypatch):
 def tuned(folder, *, dtype="float32", **settings):
     """A backbone with a random adapter."""
     backbone = presets.load(str(folder), dtype=dtype).causal_lm.backbone
-    lora.enable(backbone, config.Lora(**{"rank": 3, **settings}))
+    # A scale of 2: s (x A) B.
+    lora.enable(backbone, config.Lora(**{"rank": 3, "alpha": 6, **settings}))
     tiny.fill(backbone)
     return backbone
 
