@@ -26,10 +26,11 @@ from keras_gemma_ft.formats import atomic
 _loaded = {"run": None}
 
 
-def tune(**settings):
+def tune(*records, **settings):
     """Tunes as `python -m keras_gemma_ft.train` does; goes on where it may.
 
     Args:
+        *records: data_train, if it is given without its keyword.
         **settings: the flags, as in lora_rank=16. data_train and data_eval
             may also be a list of dicts, a pandas.DataFrame or a
             datasets.Dataset, and lora_targets a list of names.
@@ -42,6 +43,13 @@ def tune(**settings):
         config.UserError: see the message.
     """
     with _told():
+        if len(records) + ("data_train" in settings) > 1:
+            raise config.UserError(
+                "tune() takes one set of training records, and settings by "
+                "their keywords: tune(records, train_steps=100)."
+            )
+        if records:
+            settings["data_train"] = records[0]
         cfg = keywords.configure(settings)
         _free()
         from keras_gemma_ft import train

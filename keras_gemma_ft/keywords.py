@@ -84,6 +84,13 @@ def _lines(name, records):
         )
         yield from text.splitlines()
         return
+    if isinstance(records, dict):
+        some = next(iter(records), "train")
+        raise config.UserError(
+            f"{name} is a dict of {', '.join(map(str, records))}. Expected a "
+            f"list of dicts; of a datasets.DatasetDict one split, as in "
+            f"{name}=data[{some!r}]; of columns, pandas.DataFrame(data)."
+        )
     for number, record in enumerate(records):
         try:
             if not isinstance(record, dict):

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import datasets
 import nbclient
 import nbformat
 import numpy as np
@@ -143,6 +144,7 @@ def test_keywords_are_the_flags():
         ({"data_batch_size": 0}, ["data_batch_size=0: expected 1 or more"]),
         ({"data_train": [{"a": 1}, 2]}, ["data_train, record 1:", "not 2"]),
         ({"data_train": [{"a": {1}}]}, ["data_train, record 0:", "set"]),
+        ({"data_train": {"train": []}}, ["data_train=data['train']"]),
         ({"backend": "torch"}, ["backend=torch was", "Restart the process"]),
     ],
 )
@@ -163,6 +165,16 @@ def test_frames_hold_the_records_of_lists(tmp_path):
         {"prompt": "ä", "response": "1"},
         {"prompt": "b", "response": None},
     ]
+
+
+def test_a_dataset_holds_the_records_of_lists(tmp_path):
+    rows = [{"prompt": "ä", "response": "1"}, {"prompt": "b", "response": "2"}]
+    one = keywords.write(
+        tmp_path, "data_train", datasets.Dataset.from_list(rows)
+    )
+    assert one == keywords.write(tmp_path, "data_train", rows)
+    with pytest.raises(config.UserError, match="one set of training records"):
+        kgf.tune(rows, data_train=rows)
 
 
 def test_a_job_of_many_processes_reports_its_mistake(monkeypatch):
