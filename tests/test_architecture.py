@@ -42,7 +42,6 @@ LATE = FRAMEWORKS | {
 LONG = {
     "config/elsewhere.py": "one table of other tools' words",
     "embedded/sentences.py": "one list of sentences",
-    "model/compiled.py": "one block for torch.compile; to be split",
     "model/forward.py": "one forward pass; to be split",
     "model/presets.py": "finding, loading and checking; to be split",
     "model/sharding.py": "meshes and layouts; to be split",
