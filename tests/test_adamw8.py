@@ -14,7 +14,7 @@ import tiny
 from keras import ops
 
 from keras_gemma_ft import config
-from keras_gemma_ft.model import sharding
+from keras_gemma_ft.model import layouts, sharding
 from keras_gemma_ft.planning import arithmetic, devices, shapes
 from keras_gemma_ft.tuning import adamw8, checkpoint, optimizer
 
@@ -308,7 +308,7 @@ def on_mesh():
         keras.distribution.set_distribution(None)
         if mesh:
             grid = keras.distribution.DeviceMesh(
-                (4, 2), [sharding.BATCH, sharding.MODEL]
+                (4, 2), [layouts.BATCH, layouts.MODEL]
             )
             keras.distribution.set_distribution(sharding.Sharded(grid))
         rng = np.random.default_rng(0)

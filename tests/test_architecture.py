@@ -42,9 +42,6 @@ LATE = FRAMEWORKS | {
 LONG = {
     "config/elsewhere.py": "one table of other tools' words",
     "embedded/sentences.py": "one list of sentences",
-    "model/forward.py": "one forward pass; to be split",
-    "model/presets.py": "finding, loading and checking; to be split",
-    "model/sharding.py": "meshes and layouts; to be split",
     "planning/search.py": "options and messages; to be split",
     "workers.py": "which processes, and running them; to be split",
 }

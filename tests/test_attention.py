@@ -16,8 +16,14 @@ import tiny
 import torch
 from keras import ops
 
-from keras_gemma_ft.model import attention, forward, kernels
-from keras_gemma_ft.model.attention import blocks, fused
+from keras_gemma_ft.model import attention, kernels
+from keras_gemma_ft.model.attention import (
+    blocks,
+    fused,
+    loops,
+    scores,
+    whole,
+)
 from keras_gemma_ft.tuning import trainer
 
 # Rows, query heads, key/value heads, head size; T is no multiple of a block.
@@ -85,8 +91,8 @@ def same(gots, wants):
 @CASES
 def test_whole_rows(data, cap, window):
     def run(q, k, v, segments):
-        mask = attention.allowed(segments, segments, 0, 0, window)
-        return attention.attend(q, k, v, mask, cap)
+        mask = scores.allowed(segments, segments, 0, 0, window)
+        return whole.attend(q, k, v, mask, cap)
 
     same(out_and_gradients(data, run), by_torch(*data, cap, window))
 
@@ -95,10 +101,8 @@ def in_blocks(cap, window):
     """A function of (q, k, v, segments) for `out_and_gradients`."""
 
     def run(q, k, v, segments):
-        starts = attention.reach(segments)
-        return attention.attend_in_blocks(
-            q, k, v, segments, starts, cap, window
-        )
+        starts = blocks.reach(segments)
+        return blocks.attend(q, k, v, segments, starts, cap, window)
 
     return run
 
@@ -106,17 +110,17 @@ def in_blocks(cap, window):
 @CASES
 @pytest.mark.parametrize("block", [4, 8])
 def test_blocks_are_the_whole(data, cap, window, block, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK", block)
     gots = out_and_gradients(data, in_blocks(cap, window))
     same(gots, by_torch(*data, cap, window))
 
 
 def test_a_block_starts_where_its_first_segment_does(data, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", 8)
+    monkeypatch.setattr(blocks, "BLOCK", 8)
     segments = data[3][:1]  # of 9, 21, 5 and 8 tokens
-    starts = tiny.compute(attention.reach, segments)
+    starts = tiny.compute(blocks.reach, segments)
     np.testing.assert_array_equal(starts, [0, 0, 9, 9, 30, 35])
-    both = tiny.compute(attention.reach, data[3])
+    both = tiny.compute(blocks.reach, data[3])
     np.testing.assert_array_equal(both, [0, 0, 0, 0, 0, 35])
 
 
@@ -125,7 +129,7 @@ def test_a_row_without_keys_is_zero(data):
     mask = np.zeros((B, 1, 1, T, T), bool)
 
     def run(q, k, v, mask):
-        return attention.attend(q, k, v, mask, 50.0)
+        return whole.attend(q, k, v, mask, 50.0)
 
     np.testing.assert_array_equal(tiny.compute(run, q, k, v, mask), 0.0)
 
@@ -178,8 +182,8 @@ def test_a_gpus_blocks_are_the_whole(
     gpu, data, cap, window, written, monkeypatch
 ):
     """Written out, whole rows and packed ones, and as a loop beyond."""
-    monkeypatch.setattr(attention, "BLOCK", 11)
-    monkeypatch.setattr(blocks, "_WRITTEN", written)
+    monkeypatch.setattr(blocks, "BLOCK", 11)
+    monkeypatch.setattr(loops, "_WRITTEN", written)
     gots = out_and_gradients(data, in_blocks(cap, window))
     same(gots, by_torch(*data, cap, window))
     # No example is longer than a block: two blocks of the four are enough.
@@ -196,7 +200,7 @@ def test_a_gpus_blocks_are_the_whole(
 def test_a_gpus_blocks_in_16_bits(
     gpu, data, dtype, apart, cap, window, monkeypatch
 ):
-    monkeypatch.setattr(attention, "BLOCK", 16)
+    monkeypatch.setattr(blocks, "BLOCK", 16)
     rounded = [
         ops.convert_to_numpy(ops.cast(ops.cast(x, dtype), "float32"))
         for x in (data[0] / 4, *data[1:3], data[4])  # Scores of up to 10.
@@ -233,14 +237,8 @@ def looked(t):
     """
     import jax
 
-    backbone = types.SimpleNamespace(
-        sliding_window_size=t // 2,
-        use_sliding_window_attention=True,
-        attention_logit_soft_cap=50.0,
-    )
-
     def total(q, k, v, segments):
-        look = forward._look(backbone, segments)
+        look = attention.looks(segments, {True: t // 2, False: None}, 50.0)
         return sum(look[kind](q, k, v).sum() for kind in look)
 
     q, k = (

@@ -4,6 +4,7 @@ Each row of a table is a command line and the words its message must have:
 what came, what was expected, what to type.
 """
 
+import errno
 import json
 import pathlib
 import shutil
@@ -206,6 +207,13 @@ def _too_many():
     return errors.HfHubHTTPError("429 Too Many", response=_response(429))
 
 
+def _full():
+    """As a library raises it: from what the disk said."""
+    error = RuntimeError("writing chunk 17")
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    return error
+
+
 def _kaggle(code):
     def make():
         text = f"{code} Client Error. Consent required."
@@ -226,8 +234,18 @@ def _kaggle(code):
         (lambda: errors.OfflineModeIsEnabled("offline"), NETWORK),
         (lambda: ConnectionError("no route"), NETWORK),
         (lambda: errors.LocalEntryNotFoundError("offline"), NETWORK),
+        (lambda: OSError(errno.ENOSPC, "full"), ["disk is full", "HF_HOME"]),
     ],
-    ids=["gated", "no token", "404", "429", "offline", "network", "cache"],
+    ids=[
+        "gated",
+        "no token",
+        "404",
+        "429",
+        "offline",
+        "network",
+        "cache",
+        "full",
+    ],
 )
 def test_a_hub_that_gives_nothing(call, good, monkeypatch, error, words):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", raising(error))
@@ -247,8 +265,9 @@ def test_a_hub_that_gives_nothing(call, good, monkeypatch, error, words):
             lambda: kagglehub.exceptions.DataCorruptionError("md5 differs"),
             ["DataCorruptionError", "md5 differs", "again"],
         ),
+        (_full, ["disk is full", "KAGGLEHUB_CACHE"]),
     ],
-    ids=["403", "401", "429", "network", "timeout", "corrupt"],
+    ids=["403", "401", "429", "network", "timeout", "corrupt", "full"],
 )
 @pytest.mark.parametrize(
     "preset", ["gemma2_2b_en", "kaggle://keras/gemma2/keras/gemma2_2b_en/1"]

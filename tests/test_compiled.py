@@ -10,13 +10,14 @@ import tiny
 
 from keras_gemma_ft import config
 from keras_gemma_ft.model import (
-    attention,
     compiled,
+    decoder_block,
     forward,
     lora,
     presets,
     torch_attention,
 )
+from keras_gemma_ft.model.attention import scores, whole
 
 pytestmark = pytest.mark.skipif(
     keras.config.backend() != "torch", reason="Torch only"
@@ -53,8 +54,8 @@ def tuned(folder, *, dtype="float32", **settings):
 def blocks(backbone, recompute=False):
     return compiled.Blocks(
         backbone,
-        query_scale=forward.query_scale(backbone),
-        residual=forward.residual_dtype(backbone),
+        query_scale=decoder_block.query_scale(backbone),
+        residual=decoder_block.residual_dtype(backbone),
         recompute=recompute,
     )
 
@@ -261,8 +262,8 @@ def test_attention_is_ours(dense, kind, t, window, cap):
         backend=debugging.aot_eager_decomp_partition,
     )  # fmt: skip
     out = run(q, k, v, own.looks(segments, window)[True])
-    mask = attention.allowed(segments, segments, 0, 0, window)
-    want = attention.attend(q, k, v, mask, cap)
+    mask = scores.allowed(segments, segments, 0, 0, window)
+    want = whole.attend(q, k, v, mask, cap)
     tiny.close("out", out.detach(), want.detach(), atol=2e-5)
     pairs = [
         torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, want)

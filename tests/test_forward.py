@@ -16,7 +16,14 @@ from keras import ops
 from keras_gemma_ft import config
 from keras_gemma_ft.formats import names
 from keras_gemma_ft.inference import sampling
-from keras_gemma_ft.model import attention, forward, lora, presets, scan
+from keras_gemma_ft.model import (
+    attention,
+    decoder_block,
+    forward,
+    lora,
+    presets,
+    scan,
+)
 
 ONE_SEGMENT = tiny.layout(tiny.T)
 
@@ -84,7 +91,7 @@ def test_query_scale_is_the_folders(tmp_path, scalar):
     # A Keras preset knows hidden // heads as well, by its own name.
     if scalar == 10:
         backbone.query_pre_attn_scalar = None
-        assert forward.query_scale(backbone) == pytest.approx(10**-0.5)
+        assert decoder_block.query_scale(backbone) == pytest.approx(10**-0.5)
 
 
 def test_soft_caps_bite(backbone, witness, monkeypatch):
@@ -301,7 +308,7 @@ def test_float16_outgrows_65504(tmp_path):
     broken, _ = theirs(tiny.witness(folder, "float16"), token_ids)
     assert not np.isfinite(broken).all()
     half = presets.load(str(folder), dtype="float16").causal_lm.backbone
-    assert forward.residual_dtype(half) == "float32"
+    assert decoder_block.residual_dtype(half) == "float32"
     got, logits = ours(half, token_ids)
     assert got.dtype == np.float16 and np.isfinite(logits).all()
     off = np.linalg.norm(got - want) / np.linalg.norm(want)
@@ -314,14 +321,14 @@ def test_long_rows_go_in_blocks(backbone, monkeypatch):
     token_ids = tiny.ids(1, tiny.T)
     whole, _ = ours(backbone, token_ids, segments, positions)
     called = []
-    in_blocks = attention.attend_in_blocks
+    in_blocks = attention.blocks.attend
 
     def spy(*args):
         called.append(args[-1])
         return in_blocks(*args)
 
-    monkeypatch.setattr(attention, "BLOCK", 5)
-    monkeypatch.setattr(attention, "attend_in_blocks", spy)
+    monkeypatch.setattr(attention.blocks, "BLOCK", 5)
+    monkeypatch.setattr(attention.blocks, "attend", spy)
     blocks, _ = ours(backbone, token_ids, segments, positions)
     assert called == [8, None, 8]  # window, global, window
     tiny.close("blocks", blocks, whole, atol=2e-5)
@@ -339,7 +346,7 @@ def test_feed_forward_in_parts(folder, backbone, monkeypatch, rank):
     weights = np.random.default_rng(2).normal(size=shape).astype("float32")
     value, plain = gradients(backbone, token_ids, weights, True)
     parts, called = scan.parts, []
-    monkeypatch.setattr(forward, "part_size", lambda width: 2 * 5)
+    monkeypatch.setattr(decoder_block, "part_size", lambda width: 2 * 5)
     monkeypatch.setattr(
         scan, "parts", lambda *args: (called.append(args[2]), parts(*args))[1]
     )
@@ -355,7 +362,7 @@ def test_feed_forward_in_parts(folder, backbone, monkeypatch, rank):
 
 
 def test_parts_draw_their_own_dropout(monkeypatch):
-    monkeypatch.setattr(forward, "part_size", lambda width: 2 * 5)
+    monkeypatch.setattr(decoder_block, "part_size", lambda width: 2 * 5)
     seed = keras.random.SeedGenerator(3).next()
 
     def run(x, seed):
@@ -363,7 +370,7 @@ def test_parts_draw_their_own_dropout(monkeypatch):
         return x + ops.cast(ops.sum(seed) % 1_000_003, x.dtype)
 
     def whole(x):
-        return forward.in_parts(run, x, seed, 4)
+        return decoder_block.in_parts(run, x, seed, 4)
 
     found = tiny.compute(whole, np.zeros((2, 13, 3), "float32"))
     assert [len(np.unique(found[:, a:b])) for a, b in ((0, 5), (5, 10))] == [
@@ -374,7 +381,7 @@ def test_parts_draw_their_own_dropout(monkeypatch):
 
 
 def test_parts_are_powers_of_two():
-    assert [forward.part_size(f) for f in (9216, 14336, 36864)] == [
+    assert [decoder_block.part_size(f) for f in (9216, 14336, 36864)] == [
         2048, 2048, 512,
     ]  # fmt: skip
 

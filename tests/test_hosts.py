@@ -21,7 +21,7 @@ from safetensors import numpy as safetensors
 from test_run import lines_of, metrics, settings, workshop  # noqa: F401
 
 from keras_gemma_ft import config, runtime
-from keras_gemma_ft.model import hosts, sharding
+from keras_gemma_ft.model import hosts, layouts
 from keras_gemma_ft.tuning import trainer
 
 BACKEND = keras.config.backend()
@@ -557,10 +557,10 @@ def test_another_backend_is_refused(monkeypatch):
     ],
 )
 def test_which_part_of_a_batch_a_process_gives(held, expected):
-    assert [sharding.share_of(p, held) for p in held] == expected
+    assert [layouts.share_of(p, held) for p in held] == expected
 
 
 @pytest.mark.parametrize("held", [{0: {0, 1}, 1: {1, 2}}, {0: {0}, 1: {1, 2}}])
 def test_rows_that_two_processes_share_are_refused(held):
     with pytest.raises(config.UserError, match="do not divide over 2"):
-        sharding.share_of(0, held)
+        layouts.share_of(0, held)

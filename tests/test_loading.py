@@ -19,7 +19,7 @@ from keras import ops
 from keras_gemma_ft import config
 from keras_gemma_ft.formats import shards, tensors
 from keras_gemma_ft.inference import chat
-from keras_gemma_ft.model import codes, forward, lora, presets, weights
+from keras_gemma_ft.model import codes, decoder_block, lora, presets, weights
 
 BACKEND = keras.config.backend()
 
@@ -188,7 +188,7 @@ def test_the_second_load_is_from_the_cache(kept, forms, form, monkeypatch):
     # Of the float weights, so that a run that was stopped goes on.
     assert first.fingerprint == second.fingerprint == plain.fingerprint
     scalars = {
-        forward.query_scale(x.causal_lm.backbone)
+        decoder_block.query_scale(x.causal_lm.backbone)
         for x in (plain, first, second)
     }
     assert len(scalars) == 1
@@ -305,7 +305,7 @@ _PROBE = """
 import gc, json, math, sys
 import keras
 from keras_gemma_ft import config
-from keras_gemma_ft.model import presets, sharding
+from keras_gemma_ft.model import layouts, presets, sharding
 def status(name):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(x.split()[1]) << 10 for x in lines if x.startswith(name))
@@ -329,7 +329,7 @@ backbone = presets.open(cfg).causal_lm.backbone
 peak = status("VmHWM") - base
 items = [(v.path, v.shape, 4) for v in backbone.variables]
 shape = tuple(map(int, mesh.split("x"))) if "x" in mesh else (1, 1)
-told = sum(sharding.bytes_per_device(items, shape).values())
+told = sum(layouts.bytes_per_device(items, shape).values())
 held = told
 if shape != (1, 1):
     parts = [v.value.addressable_shards[0] for v in backbone.variables]

@@ -13,7 +13,7 @@ import tiny
 import torch
 from keras import ops
 
-from keras_gemma_ft.model import kernels, sharding
+from keras_gemma_ft.model import kernels, layouts, sharding
 from keras_gemma_ft.tuning import chunks, loss
 
 # B, T, d, V; 21 tokens: chunks of 7 divide them, those of 4 leave a tail.
@@ -315,9 +315,7 @@ def test_16_bit_gradients_with_the_words_on_a_mesh():
 
 def on_mesh():
     """Words of a part of a table on 1 x 4 devices, and the 16-bit gradients."""
-    grid = keras.distribution.DeviceMesh(
-        (1, 4), [sharding.BATCH, sharding.MODEL]
-    )
+    grid = keras.distribution.DeviceMesh((1, 4), [layouts.BATCH, layouts.MODEL])
     keras.distribution.set_distribution(sharding.Sharded(grid))
     with keras.name_scope("token_embedding"):
         table = keras.Variable(np.ones((32, D)), name="embeddings")

@@ -498,7 +498,7 @@ def test_every_soft_cap_is_in_the_compiled_program(folder, cfg, monkeypatch):
     for name, value in devices.ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     # In blocks, where the compiler cannot share the two of a block.
-    monkeypatch.setattr(attention, "BLOCK", tiny.T // 3)
+    monkeypatch.setattr(attention.blocks, "BLOCK", tiny.T // 3)
     cfg = config.replace(cfg, {"model.scan": "off", "model.remat": "none"})
 
     def capped(**changes):

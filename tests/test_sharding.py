@@ -14,7 +14,7 @@ import tiny
 
 from keras_gemma_ft import config
 from keras_gemma_ft.formats import names
-from keras_gemma_ft.model import forward, lora, presets, sharding
+from keras_gemma_ft.model import forward, layouts, lora, presets, sharding
 
 MESHES = pytest.mark.parametrize("mesh", [(8, 1), (1, 8), (2, 4), (4, 2)])
 # (layers, hidden, heads, key/value heads, head_dim, feed-forward) of Gemma 2,
@@ -49,7 +49,7 @@ def _weights(model):
 def test_every_large_weight_is_split_over_all_devices(model, mesh):
     size = dict(batch=mesh[0], model=mesh[1])
     for path, shape, width in _weights(model):
-        axes = sharding.layout(path, shape, mesh)
+        axes = layouts.layout(path, shape, mesh)
         parts = [size[a] if a else 1 for a in axes]
         assert all(n % p == 0 for n, p in zip(shape, parts)), path
         if width * np.prod(shape) > 2**20:
@@ -60,9 +60,9 @@ def test_every_large_weight_is_split_over_all_devices(model, mesh):
 @MODELS
 def test_bytes_of_a_device(model, mesh):
     items = _weights(model)
-    whole = sharding.bytes_per_device(items, (1, 1))
+    whole = layouts.bytes_per_device(items, (1, 1))
     assert sum(whole.values()) == 2 * SIZES[model][1]
-    held = sharding.bytes_per_device(items, mesh)
+    held = layouts.bytes_per_device(items, mesh)
     for kind in ("embedding", "attention", "feed-forward"):
         assert held[kind] == whole[kind] / 8 > 0
     assert held["norms"] == whole["norms"] > 0 == held["adapters"]
@@ -77,7 +77,7 @@ def test_bytes_of_other_kinds():
         ("token_embedding/step", (352, 1), 4),
         ("dropout/state", (2,), 4),
     ]
-    assert sharding.bytes_per_device(items, (8, 1)) == {
+    assert layouts.bytes_per_device(items, (8, 1)) == {
         "adapters": 4 * 64 * 8 * 4,
         "embedding": 352 * 64 / 8 + 4 * 352 / 8,
         "norms": 0,
@@ -105,11 +105,11 @@ def test_small_models_stay_whole(weights, memory, want):
     "path", ["decoder_block_0/attention/query/lora_kernel_a", "norm/scale"]
 )
 def test_small_variables_stay_whole(path):
-    assert sharding.layout(path, (8, 2304, 16), (2, 4)) == [None] * 3
+    assert layouts.layout(path, (8, 2304, 16), (2, 4)) == [None] * 3
 
 
 def test_what_does_not_divide_is_whole_and_never_an_error():
-    axes = sharding.layout("x/ffw_gating/kernel", (30, 50), (4, 2))
+    axes = layouts.layout("x/ffw_gating/kernel", (30, 50), (4, 2))
     assert axes == [None, "model"]
 
 

@@ -199,9 +199,9 @@ def _render(records, numbers, layout, template, source, bad, told):
 def _encode(rendered, tokenizer, count):
     """Yields `(record number, segments, example)`, in chunks, with a bar."""
     # Only this function shows a bar.
-    import tqdm
+    from tqdm import auto
 
-    bar = tqdm.tqdm(
+    bar = auto.tqdm(
         total=count,
         desc="tokenise",
         unit=" records",

@@ -59,7 +59,7 @@ class Blocks:
 
     Args:
         backbone: `GemmaBackbone`, its adapters and stored kernels in place.
-        query_scale: `forward.query_scale(backbone)`.
+        query_scale: `decoder_block.query_scale(backbone)`.
         residual: dtype of the residual stream.
         recompute: keep only the blocks' inputs for the backward pass.
 

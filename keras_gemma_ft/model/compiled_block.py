@@ -1,6 +1,6 @@
 """The equations of one decoder block, in plain Torch, for its compiler.
 
-They are those of `forward`. What a block keeps for its backward pass is said,
+They are those of `decoder_block`. What a block keeps for its backward pass is said,
 not left to the compiler, which would keep the inputs of all products too: x,
 q, k, v, what attention gives, both halves' results before their norms, gate
 and up. All else is formed again inside a region (`torch.utils.checkpoint`);

@@ -14,22 +14,10 @@ import keras
 import keras_hub
 import numpy as np
 
-from keras_gemma_ft import config, embedded, runtime
+from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import tokens
 from keras_gemma_ft.formats import huggingface, names, shards
-from keras_gemma_ft.model import cache, sharding, weights
-
-_CREDENTIALS = (
-    "Gemma's weights are behind a licence. Accept it on the model's page, "
-    "then give credentials: KAGGLE_USERNAME and KAGGLE_KEY (or "
-    "~/.kaggle/kaggle.json) for KerasHub presets and kaggle://, HF_TOKEN for "
-    "hf://. A folder on disk needs none: --preset=FOLDER."
-)
-_NETWORK = (
-    "The download failed: no network, or the server does not answer. "
-    "Fetch the model elsewhere and pass --preset=FOLDER, or try the "
-    f"embedded one: --preset={config.EMBEDDED_PRESET}."
-)
+from keras_gemma_ft.model import cache, preset_source, sharding, weights
 
 Loaded = collections.namedtuple("Loaded", "causal_lm tokenizer fingerprint")
 
@@ -73,12 +61,12 @@ def parameters(backbone):
 def _bytes(preset, dtype):
     """What the weights take, told without them; None if it cannot be."""
     width = np.dtype(keras.DTypePolicy(dtype).variable_dtype).itemsize
-    source = resolve(preset)
+    source = preset_source.resolve(preset)
     if not isinstance(source, pathlib.Path):
         known = keras_hub.models.GemmaBackbone.presets.get(source)
         return known and width * known["metadata"]["params"]
     settings = huggingface.read_json(source / "config.json")
-    if _is_huggingface(source):
+    if preset_source.is_huggingface(source):
         settings = {"config": huggingface.backbone_config(settings)}
     try:
         shapes = names.variable_shapes(settings["config"])
@@ -109,7 +97,7 @@ def load(preset, *, dtype="float32", model=config.Model()):
             f"keras.config.floatx() is {keras.config.floatx()!r}; set it to "
             f"'float32' (~/.keras/keras.json) and use --model.dtype instead."
         )
-    source = resolve(preset)
+    source = preset_source.resolve(preset)
     backbone, fingerprint = _backbone(source, dtype, model)
     backbone.preset = preset
     tokenizer = tokens.Tokenizer(_tokenizer_proto(source))
@@ -143,7 +131,7 @@ def _backbone(source, dtype, model):
             return backbone, found.fingerprint
     keeper = cache.Keeper(kept, folder)
     read = _from_keras_hub
-    if _is_huggingface(source):
+    if preset_source.is_huggingface(source):
         read = _read_huggingface
     try:
         backbone, fingerprint = weights.once(
@@ -157,7 +145,7 @@ def _backbone(source, dtype, model):
 
 def _empty(source, dtype):
     """The backbone of a folder, no weight of which is read."""
-    if _is_huggingface(source):
+    if preset_source.is_huggingface(source):
         return _huggingface_backbone(source, dtype)
     return _from_keras_hub(source, dtype, load_weights=False)
 
@@ -167,86 +155,6 @@ def _fill(backbone, kept):
     for v in progress(backbone.variables, len(backbone.variables), "loading"):
         v.assign(kept.value(v.path))
     return backbone
-
-
-def resolve(preset):
-    """The folder that holds `preset`, or the name KerasHub loads it by."""
-    if preset == config.EMBEDDED_PRESET:
-        return embedded.preset_folder()
-    if preset in keras_hub.models.GemmaBackbone.presets:
-        return preset
-    if preset.startswith("kaggle://"):
-        return preset
-    if preset.startswith("hf://"):
-        return download(preset)
-    folder = pathlib.Path(preset).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    if folder.exists():
-        inside = sorted(p.name for p in folder.parent.iterdir())[:8]
-        if folder.is_dir():
-            inside = sorted(p.name for p in folder.iterdir())[:8]
-        raise config.UserError(
-            f"--preset={preset} has no config.json, so it is neither a Keras "
-            f"preset nor a Hugging Face model. It holds: {', '.join(inside)}."
-        )
-    known = [config.EMBEDDED_PRESET] + [
-        name
-        for name in keras_hub.models.GemmaBackbone.presets
-        if "gemma2" in name
-    ]
-    raise config.UserError(
-        f"--preset={preset}: no such preset or folder."
-        f"{config.preset_hint(preset, known)} Known: {', '.join(known)}; or "
-        f"a folder, hf://owner/name, kaggle://owner/model/keras/variant."
-    )
-
-
-def _is_huggingface(source):
-    return isinstance(source, pathlib.Path) and huggingface.is_huggingface(
-        source
-    )
-
-
-_FILES = ("*.json", "*.safetensors", "*.model", "*.h5", "assets/*")
-
-
-def download(handle, files=_FILES):
-    """The local folder of an `hf://owner/name`, fetched where it is not.
-
-    Args:
-        handle: hf://owner/name.
-        files: glob patterns of what is fetched.
-    """
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(
-                handle.removeprefix("hf://"),
-                allow_patterns=list(files),
-            )
-        )
-    except (errors.GatedRepoError, errors.LocalTokenNotFoundError) as error:
-        raise config.UserError(
-            f"--preset={handle}: {type(error).__name__}. {_CREDENTIALS}"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise config.UserError(
-            f"--preset={handle}: no such model, or it is private. "
-            f"{_CREDENTIALS}"
-        ) from None
-    except errors.HFValidationError as error:
-        raise config.UserError(
-            f"--preset={handle}: {error}. Expected hf://owner/name."
-        ) from None
-    except (errors.LocalEntryNotFoundError, OSError) as error:
-        # Not its text: the address in it may be signed.
-        code = getattr(getattr(error, "response", None), "status_code", "")
-        raise config.UserError(
-            f"--preset={handle}: {type(error).__name__} {code}. {_NETWORK}"
-        ) from None
 
 
 def _from_keras_hub(source, dtype, load_weights=True):
@@ -261,7 +169,7 @@ def _from_keras_hub(source, dtype, load_weights=True):
             str(source), dtype=dtype, load_weights=load_weights
         )
     except Exception as error:
-        cure = _cure(source, error)
+        cure = preset_source.cure(source, error)
         if cure is None:
             raise
         raise config.UserError(f"--preset={source}: {cure}") from None
@@ -271,32 +179,6 @@ def _from_keras_hub(source, dtype, load_weights=True):
             f"package tunes Gemma 2: --preset=gemma2_2b_en, for example."
         )
     return backbone
-
-
-# KerasHub says "permissions" where Kaggle said 403 or 404.
-_DENIED = ("401", "403", "credentials", "not accessible", "permissions to")
-
-
-def _cure(source, error):
-    """What to do about a failed download or load; None if it is our bug."""
-    text, module = f"{type(error).__name__}: {error}", type(error).__module__
-    local = isinstance(source, pathlib.Path)
-    if not local and any(word in text for word in _DENIED):
-        return f"no such model, or no access to it. {_CREDENTIALS}"
-    if isinstance(error, FileNotFoundError):
-        return (
-            f"{text} A Keras preset holds config.json, model.weights.h5 (or "
-            f"shards and model.weights.json) and assets/. Fetch it again."
-        )
-    if module.startswith(("requests", "urllib", "httpx")):
-        return _NETWORK
-    if isinstance(error, (ConnectionError, TimeoutError)):
-        return _NETWORK
-    # h5py raises a bare OSError for a truncated file.
-    if isinstance(error, OSError) or module.startswith("kagglehub"):
-        return f"a file of the preset cannot be read ({text}). Fetch it again."
-    known = isinstance(error, (ValueError, KeyError, TypeError))
-    return str(error) if known else None
 
 
 def _read_huggingface(folder, dtype):
@@ -323,9 +205,9 @@ def _huggingface_backbone(folder, dtype):
 
 def progress(iterable, total, what):
     """A progress bar on stderr."""
-    import tqdm
+    from tqdm import auto
 
-    return tqdm.tqdm(iterable, what, total, leave=False, mininterval=0.5)
+    return auto.tqdm(iterable, what, total, leave=False, mininterval=0.5)
 
 
 def _tokenizer_proto(source):

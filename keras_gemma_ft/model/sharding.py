@@ -1,32 +1,19 @@
-"""Mesh and layouts: the only file that knows the axes' names. JAX only.
+"""The mesh of a run, and what is told to XLA about it. JAX only.
 
-A mesh BATCHxMODEL: rows of a batch are split over "batch"; weights over both,
-so that 8x1 is fully sharded data parallelism and 1x8 tensor parallelism.
-Adapters and norms are small and stay whole on every device; so do all weights
-of a small model, where the mesh is left to us.
+`layouts` says how each weight is split. All weights of a small model stay whole
+on every device, where the mesh is left to us.
 """
-
-import math
-import re
 
 import keras
 import ml_dtypes  # noqa: F401  numpy then knows bfloat16
 import numpy as np
 
 from keras_gemma_ft import config, runtime
-from keras_gemma_ft.model import hosts
+from keras_gemma_ft.model import hosts, layouts
 
-BATCH, MODEL = "batch", "model"
 # Of a device's memory that weights may take whole, and bytes if unknown: then
 # no layer waits for its weights.
 _WHOLE_SHARE, _WHOLE_BYTES = 1 / 8, 2**30
-_KINDS = {
-    "adapters": r"/lora_kernel_",
-    "embedding": r"token_embedding/",
-    "norms": r"/scale$",
-    "attention": r"/attention/",
-    "feed-forward": r"/ffw_",
-}
 
 
 def start(cfg, weights=lambda: None):
@@ -48,7 +35,7 @@ def start(cfg, weights=lambda: None):
     shape, why = mesh_shape(cfg, count)
     if shape == (1, 1):
         return
-    mesh = keras.distribution.DeviceMesh(shape, [BATCH, MODEL])
+    mesh = keras.distribution.DeviceMesh(shape, [layouts.BATCH, layouts.MODEL])
     whole = False
     if cfg.mesh == "auto" and shape[1] == 1:
         whole, reason = stay_whole(weights(), _device_bytes())
@@ -118,7 +105,7 @@ class Sharded(keras.distribution.ModelParallel):
 
     def __init__(self, mesh, *, whole=False):
         layout_map = keras.distribution.LayoutMap(mesh)
-        super().__init__(layout_map=layout_map, batch_dim_name=BATCH)
+        super().__init__(layout_map=layout_map, batch_dim_name=layouts.BATCH)
         self.whole = whole
 
     @property
@@ -127,41 +114,8 @@ class Sharded(keras.distribution.ModelParallel):
         return (1, 1) if self.whole else self.device_mesh.shape
 
     def get_variable_layout(self, variable):
-        axes = layout(variable.path, variable.shape, self.weights_mesh)
+        axes = layouts.layout(variable.path, variable.shape, self.weights_mesh)
         return keras.distribution.TensorLayout(axes, self.device_mesh)
-
-
-def layout(path, shape, mesh):
-    """The axis name or None of every dimension of a variable.
-
-    Args:
-        path: the variable's path; its role is its layer's name.
-        shape: of the variable.
-        mesh: (batch, model) sizes.
-    """
-    size = dict(zip((BATCH, MODEL), mesh))
-    wanted = [None] * len(shape)
-    # A quantised kernel is codes and, a block of its last axis each, absmax.
-    kernel = re.search(r"(\w+)/(?:kernel|codes|absmax)$", path)
-    role = kernel[1] if kernel else ""
-    # Stored in 8 bits: codes, and a step of each word.
-    if re.search(r"token_embedding/(?:embeddings|codes|step)$", path):
-        # Words over the axis that is there: fewest bytes moved at the head.
-        wanted = [MODEL, BATCH] if size[MODEL] > 1 else [BATCH, None]
-    elif role in ("query", "key", "value"):
-        wanted = [MODEL, BATCH, None]
-        if shape[0] % size[MODEL]:
-            wanted = [None, MODEL, BATCH]
-    elif role == "attention_output":
-        wanted = [MODEL, None, BATCH]
-    elif role in ("ffw_gating", "ffw_gating_2"):
-        wanted = [BATCH, MODEL]
-    elif role == "ffw_linear":
-        wanted = [MODEL, BATCH]
-    return [
-        axis if axis and size[axis] > 1 and n % size[axis] == 0 else None
-        for axis, n in zip(wanted, shape)
-    ]
 
 
 def place(variable, value):
@@ -180,24 +134,6 @@ def place(variable, value):
     return jax.make_array_from_callback(value.shape, layout, value.__getitem__)
 
 
-def bytes_per_device(items, mesh):
-    """{kind: bytes} of what a device holds, kinds as in the printed line.
-
-    Args:
-        items: iterable of (path, shape, bytes of a number).
-        mesh: (batch, model) sizes; (1, 1) where weights stay whole.
-    """
-    size = dict(zip((BATCH, MODEL), mesh))
-    found = dict.fromkeys(_KINDS, 0)
-    for path, shape, width in items:
-        kinds = (k for k, part in _KINDS.items() if re.search(part, path))
-        kind = next(kinds, "others")
-        parts = math.prod(size[a] for a in layout(path, shape, mesh) if a)
-        held = math.prod(shape) // parts * width
-        found[kind] = found.get(kind, 0) + held
-    return found
-
-
 def describe(variables):
     """What variables take on each device, as one line.
 
@@ -213,7 +149,7 @@ def describe(variables):
         way = " and ".join(ways) or "data parallel"
         where = f" a device of {batch * model} ({way} {batch}x{model})"
     items = [(v.path, v.shape, np.dtype(v.dtype).itemsize) for v in variables]
-    held = bytes_per_device(items, mesh)
+    held = layouts.bytes_per_device(items, mesh)
     total = sum(held.values())
     unit, size = ("GiB", 2**30) if total >= 2**27 else ("MiB", 2**20)
     parts = [f"{k} {n / size:.2f}" for k, n in held.items() if n]
@@ -260,7 +196,7 @@ def by_rows(x):
     from jax.sharding import PartitionSpec
 
     rest = [PartitionSpec.UNCONSTRAINED] * (len(x.shape) - 1)
-    return _constrained(x, mesh, [BATCH, *rest])
+    return _constrained(x, mesh, [layouts.BATCH, *rest])
 
 
 def everywhere(x):
@@ -280,8 +216,8 @@ def gathered(variable):
     mesh = _mesh()
     if mesh is None:
         return value
-    axes = layout(variable.path, variable.shape, mesh.shape)
-    axes = [axis if axis == MODEL else None for axis in axes]
+    axes = layouts.layout(variable.path, variable.shape, mesh.shape)
+    axes = [axis if axis == layouts.MODEL else None for axis in axes]
     return _constrained(value, mesh, axes)
 
 
@@ -307,22 +243,4 @@ def shard():
     for row, line in enumerate(mesh.backend_mesh.devices):
         for device in line:
             held.setdefault(device.process_index, set()).add(row)
-    return share_of(jax.process_index(), held)
-
-
-def share_of(process, held):
-    """(index, parts) of a process.
-
-    Args:
-        process: its number.
-        held: {process: set of the places on the batch axis it has devices in}.
-    """
-    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
-    rows = sum(map(len, parts))
-    if rows != len(set().union(*parts)) or len({*map(len, parts)}) > 1:
-        raise config.UserError(
-            f"--mesh: its {len(set().union(*parts))} parts of a batch "
-            f"do not divide over {len(held)} processes. Use a mesh BATCHxMODEL "
-            f"whose MODEL divides the devices of a process, or is a multiple."
-        )
-    return parts.index(tuple(sorted(held[process]))), len(parts)
+    return layouts.share_of(jax.process_index(), held)

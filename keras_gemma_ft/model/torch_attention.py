@@ -13,7 +13,7 @@ import dataclasses
 import functools
 
 from keras_gemma_ft import runtime
-from keras_gemma_ft.model import attention
+from keras_gemma_ft.model.attention import blocks
 
 _MASKED = -1e30
 # Bytes of shared memory a block from which on the options run, largest first.
@@ -187,7 +187,7 @@ class Tiles:
 
         segments, window = look
         t = q.shape[2]
-        size = t if t <= 2 * attention.BLOCK else attention.BLOCK
+        size = t if t <= 2 * blocks.BLOCK else blocks.BLOCK
         # Tokens before heads, as the next product reads them.
         outs = []
         for first in range(0, t, size):

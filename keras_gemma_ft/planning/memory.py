@@ -13,7 +13,8 @@ import os
 import ml_dtypes  # noqa: F401  numpy then knows bfloat16
 import numpy as np
 
-from keras_gemma_ft.model import attention, forward, quantize, sharding
+from keras_gemma_ft.model import decoder_block, layouts, quantize
+from keras_gemma_ft.model.attention import blocks as attention_blocks
 from keras_gemma_ft.planning import devices, shapes
 from keras_gemma_ft.tuning import adamw8, chunks, loss
 
@@ -111,7 +112,7 @@ def trained(step):
 
 def _on_device(step, items):
     """Bytes on a device of (path, shape, bytes a number)s."""
-    return sum(sharding.bytes_per_device(items, step.split).values())
+    return sum(layouts.bytes_per_device(items, step.split).values())
 
 
 def kept(step):
@@ -146,7 +147,7 @@ def work(step):
     s, t, m = step.settings, step.here, step.mesh[1]
     f, h = s["intermediate_dim"] // 2, s["head_dim"]
     n, k = s["num_query_heads"], s["num_key_value_heads"]
-    part, size = t, forward.part_size(f // m)
+    part, size = t, decoder_block.part_size(f // m)
     if step.recompute and not step.compiled and t >= 2 * size:
         part = size
     ffw = part * f // m * (4 * step.size + (0 if step.compiled else 8))
@@ -162,9 +163,9 @@ def work(step):
 def _scores(step):
     """Pairs of places whose scores of one head exist at once."""
     rows = math.ceil(step.rows / step.mesh[0])
-    if step.length <= 2 * attention.BLOCK:
+    if step.length <= 2 * attention_blocks.BLOCK:
         return rows * step.length * step.length
-    return rows * attention.BLOCK * step.length
+    return rows * attention_blocks.BLOCK * step.length
 
 
 def _brought(step):

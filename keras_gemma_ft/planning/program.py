@@ -18,7 +18,7 @@ import numpy as np
 
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import pipeline
-from keras_gemma_ft.model import sharding
+from keras_gemma_ft.model import layouts, sharding
 from keras_gemma_ft.tuning import trainer
 
 
@@ -148,7 +148,7 @@ def on_mesh(tuner, shape, rows, tokens, where=None):
     layout = row_layout = None
     if shape != (1, 1) or where is not None:
         mesh = keras.distribution.DeviceMesh(
-            shape, [sharding.BATCH, sharding.MODEL], np.array(where)
+            shape, [layouts.BATCH, layouts.MODEL], np.array(where)
         )
         layout = sharding.Sharded(mesh)
         row_layout = layout.get_data_layout((rows, tokens)).backend_layout

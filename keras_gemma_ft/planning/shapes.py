@@ -8,7 +8,7 @@ import json
 
 from keras_gemma_ft import config
 from keras_gemma_ft.formats import huggingface
-from keras_gemma_ft.model import presets
+from keras_gemma_ft.model import preset_source
 
 # arXiv 2408.00118, table 1: L, d, n, k, h, f.
 _SIZES = {
@@ -51,9 +51,9 @@ def of_preset(preset):
         config.UserError: not a Gemma 2, unknown, or no access.
     """
     if preset.startswith("hf://"):
-        source = presets.download(preset, ["config.json"])
+        source = preset_source.download(preset, ["config.json"])
     else:
-        source = presets.resolve(preset)
+        source = preset_source.resolve(preset)
     if isinstance(source, str):
         for size in _SIZES:
             if (

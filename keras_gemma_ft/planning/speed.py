@@ -6,7 +6,7 @@ rests on steps of 2B that were measured on one NVIDIA H200.
 
 import math
 
-from keras_gemma_ft.model import attention
+from keras_gemma_ft.model.attention import blocks
 from keras_gemma_ft.planning import devices, memory, shapes
 
 # Share of the H200's sheet, over all FLOPs of a step of 2B with all-linear LoRA
@@ -59,7 +59,7 @@ def _reach(step, layer):
     windowed = step.settings["use_sliding_window_attention"]
     window = step.settings["sliding_window_size"]
     length = step.length
-    if length <= 2 * attention.BLOCK and not step.fused:
+    if length <= 2 * blocks.BLOCK and not step.fused:
         return length
     if windowed and layer % 2 == 0 and window < length:
         return window - window * window / (2 * length)

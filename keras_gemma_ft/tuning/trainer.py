@@ -12,7 +12,7 @@ from keras_gemma_ft.data import examples, pipeline, sources
 from keras_gemma_ft.inference import evaluation, taught
 from keras_gemma_ft.model import (
     compiled,
-    forward,
+    decoder_block,
     hosts,
     kernels,
     lora,
@@ -113,8 +113,8 @@ def blocks(cfg, backbone):
     runtime.say(f"decoder blocks: compiled ({why})")
     return compiled.Blocks(
         backbone,
-        query_scale=forward.query_scale(backbone),
-        residual=forward.residual_dtype(backbone),
+        query_scale=decoder_block.query_scale(backbone),
+        residual=decoder_block.residual_dtype(backbone),
         recompute=recompute(cfg, backbone),
     )
 

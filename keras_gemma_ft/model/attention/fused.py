@@ -39,7 +39,7 @@ def suits(q, k, v, cap):
 
 
 def attend(q, k, v, segments, cap, window, *, kernel=None):
-    """As `attend_in_blocks`, by tokamax.
+    """As `blocks.attend`, by tokamax.
 
     Args:
         q: [B, n, T, h], rotated and scaled, 16 bits.

@@ -1,0 +1,154 @@
+"""Where the files of a preset are: a name becomes a folder.
+
+What goes wrong on the way, such as a download that fails, is said with what to
+do about it.
+"""
+
+import errno
+import pathlib
+
+import keras_hub
+
+from keras_gemma_ft import config, embedded
+from keras_gemma_ft.formats import huggingface
+
+_CREDENTIALS = (
+    "Gemma's weights are behind a licence. Accept it on the model's page, "
+    "then give credentials: KAGGLE_USERNAME and KAGGLE_KEY (or "
+    "~/.kaggle/kaggle.json) for KerasHub presets and kaggle://, HF_TOKEN for "
+    "hf://. A folder on disk needs none: --preset=FOLDER."
+)
+_NETWORK = (
+    "The download failed: no network, or the server does not answer. "
+    "Fetch the model elsewhere and pass --preset=FOLDER, or try the "
+    f"embedded one: --preset={config.EMBEDDED_PRESET}."
+)
+
+
+def resolve(preset):
+    """The folder that holds `preset`, or the name KerasHub loads it by."""
+    if preset == config.EMBEDDED_PRESET:
+        return embedded.preset_folder()
+    if preset in keras_hub.models.GemmaBackbone.presets:
+        return preset
+    if preset.startswith("kaggle://"):
+        return preset
+    if preset.startswith("hf://"):
+        return download(preset)
+    folder = pathlib.Path(preset).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists():
+        inside = sorted(p.name for p in folder.parent.iterdir())[:8]
+        if folder.is_dir():
+            inside = sorted(p.name for p in folder.iterdir())[:8]
+        raise config.UserError(
+            f"--preset={preset} has no config.json, so it is neither a Keras "
+            f"preset nor a Hugging Face model. It holds: {', '.join(inside)}."
+        )
+    known = [config.EMBEDDED_PRESET] + [
+        name
+        for name in keras_hub.models.GemmaBackbone.presets
+        if "gemma2" in name
+    ]
+    raise config.UserError(
+        f"--preset={preset}: no such preset or folder."
+        f"{config.preset_hint(preset, known)} Known: {', '.join(known)}; or "
+        f"a folder, hf://owner/name, kaggle://owner/model/keras/variant."
+    )
+
+
+def is_huggingface(source):
+    return isinstance(source, pathlib.Path) and huggingface.is_huggingface(
+        source
+    )
+
+
+_FILES = ("*.json", "*.safetensors", "*.model", "*.h5", "assets/*")
+
+
+def download(handle, files=_FILES):
+    """The local folder of an `hf://owner/name`, fetched where it is not.
+
+    Args:
+        handle: hf://owner/name.
+        files: glob patterns of what is fetched.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(
+                handle.removeprefix("hf://"),
+                allow_patterns=list(files),
+            )
+        )
+    except (errors.GatedRepoError, errors.LocalTokenNotFoundError) as error:
+        raise config.UserError(
+            f"--preset={handle}: {type(error).__name__}. {_CREDENTIALS}"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise config.UserError(
+            f"--preset={handle}: no such model, or it is private. "
+            f"{_CREDENTIALS}"
+        ) from None
+    except errors.HFValidationError as error:
+        raise config.UserError(
+            f"--preset={handle}: {error}. Expected hf://owner/name."
+        ) from None
+    except (errors.LocalEntryNotFoundError, OSError) as error:
+        if full := _full(error):
+            raise config.UserError(f"--preset={handle}: {full}") from None
+        # Not its text: the address in it may be signed.
+        code = getattr(getattr(error, "response", None), "status_code", "")
+        raise config.UserError(
+            f"--preset={handle}: {type(error).__name__} {code}. {_NETWORK}"
+        ) from None
+
+
+_FULL = errno.ENOSPC, errno.EDQUOT
+# KerasHub says "permissions" where Kaggle said 403 or 404.
+_DENIED = ("401", "403", "credentials", "not accessible", "permissions to")
+
+
+def cure(source, error):
+    """What to do about a failed download or load; None if it is our bug."""
+    text, module = f"{type(error).__name__}: {error}", type(error).__module__
+    local = isinstance(source, pathlib.Path)
+    if full := _full(error):
+        return full
+    if not local and any(word in text for word in _DENIED):
+        return f"no such model, or no access to it. {_CREDENTIALS}"
+    if isinstance(error, FileNotFoundError):
+        return (
+            f"{text} A Keras preset holds config.json, model.weights.h5 (or "
+            f"shards and model.weights.json) and assets/. Fetch it again."
+        )
+    if module.startswith(("requests", "urllib", "httpx")):
+        return _NETWORK
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return _NETWORK
+    # h5py raises a bare OSError for a truncated file.
+    if isinstance(error, OSError) or module.startswith("kagglehub"):
+        return f"a file of the preset cannot be read ({text}). Fetch it again."
+    known = isinstance(error, (ValueError, KeyError, TypeError))
+    return str(error) if known else None
+
+
+def _full(error):
+    """What to do where a download filled the disk; "" where it did not.
+
+    Args:
+        error: an exception; one that it came from may be the disk's.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return (
+                "the disk is full, or your share of it. Make room (the 2B "
+                "takes 5 GB, the 9B 18), or name a folder on another disk: "
+                "HF_HOME for hf://, KAGGLEHUB_CACHE for all others. What is "
+                "there already is kept."
+            )
+        error = error.__cause__ or error.__context__
+    return ""
