@@ -5,18 +5,8 @@ to ask it: `memory` has the bytes, `speed` the seconds.
 """
 
 import dataclasses
-import math
 
-from keras_gemma_ft import config
-from keras_gemma_ft.data import pipeline
-from keras_gemma_ft.planning import devices, memory, speed
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Triton, and so Torch's compiler, runs from the first on; kernels of attention
-# whose tiles hold 256-wide heads, as they are, from the second.
-_COMPILES, _FUSES = 7.0, 8.0
-# `--model.scan=auto` is a loop from so many blocks on.
-_LOOP = 16
+from keras_gemma_ft.planning import memory, speed, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,105 +47,20 @@ class Estimate:
         return self.total - self.bytes["framework"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One micro-batch on a mesh, and how a backend computes it.
+def estimate(cfg, settings, device, mesh, *, dtype, recompute, backend="jax"):
+    """`Estimate` of an optimizer step.
 
-    Attributes:
+    Args:
         cfg: `config.Config`.
         settings: of `GemmaBackbone`.
-        device: `devices.Device`.
-        mesh: (batch, model).
-        dtype: of weights and matmuls.
-        recompute: whether blocks are recomputed.
-        backend: Keras's.
+        device, mesh, dtype, recompute, backend: as of `step.Step`.
     """
-
-    cfg: config.Config
-    settings: dict
-    device: devices.Device
-    mesh: tuple
-    dtype: str
-    recompute: bool
-    backend: str
-
-    @property
-    def size(self):
-        """Bytes of a number in the compute dtype."""
-        return _BYTES[self.dtype]
-
-    @property
-    def residual(self):
-        """Bytes of a number of the residual stream; float16 cannot hold it."""
-        return 4 if self.dtype == "float16" else self.size
-
-    @property
-    def rows(self):
-        """Of a micro-batch, all devices."""
-        data = self.cfg.data
-        return pipeline.micro_batches(data.batch_size, data.micro_batch_size)[0]
-
-    @property
-    def accumulation(self):
-        """Micro-batches of an optimizer step."""
-        data = self.cfg.data
-        return pipeline.micro_batches(data.batch_size, data.micro_batch_size)[1]
-
-    @property
-    def length(self):
-        """Tokens of a row."""
-        return self.cfg.data.sequence_length
-
-    @property
-    def tokens(self):
-        """Of an optimizer step, all devices."""
-        return self.cfg.data.batch_size * self.length
-
-    @property
-    def here(self):
-        """t: tokens of a micro-batch on a device."""
-        return math.ceil(self.rows / self.mesh[0]) * self.length
-
-    @property
-    def split(self):
-        """(batch, model) over which weights are split; Torch keeps them whole."""
-        return (1, 1) if self.backend == "torch" else self.mesh
-
-    @property
-    def compiled(self):
-        """Whether it is Torch's compiler that makes a block."""
-        asked = self.cfg.model.compile
-        if self.backend != "torch" or asked != "auto":
-            return self.backend == "torch" and asked == "on"
-        return self.device.capability >= _COMPILES
-
-    @property
-    def fused(self):
-        """Whether attention forms no scores."""
-        return self.compiled and self.device.capability >= _FUSES
-
-    @property
-    def looped(self):
-        """Whether JAX compiles one loop over the blocks."""
-        scan, layers = self.cfg.model.scan, self.settings["num_layers"]
-        if self.backend != "jax" or scan != "auto":
-            return self.backend == "jax" and scan == "on"
-        # As `trainer.scan`.
-        return layers >= _LOOP and (self.recompute or self.device.kind != "gpu")
-
-    @property
-    def chosen(self):
-        """Whether a block keeps what it is told, not what autograd would."""
-        named = self.backend == "jax" and self.device.kind == "gpu"
-        named = named or self.looped or self.split != (1, 1)
-        return self.compiled or named
-
-
-def estimate(cfg, settings, device, mesh, *, dtype, recompute, backend="jax"):
-    """`Estimate` of a step of `cfg`; arguments as the attributes of `Step`."""
-    step = Step(cfg, settings, device, mesh, dtype, recompute, backend)
-    expected, rests_on = speed.expected(step)
+    one = step.of(
+        cfg, settings, device, mesh,
+        dtype=dtype, recompute=recompute, backend=backend,
+    )  # fmt: skip
+    expected, rests_on = speed.expected(one)
     return Estimate(
-        memory.parts(step), speed.flops_per_token(step), step.tokens,
-        speed.least(step), expected, rests_on,
+        memory.parts(one), speed.flops_per_token(one), one.tokens,
+        speed.least(one), expected, rests_on,
     )  # fmt: skip

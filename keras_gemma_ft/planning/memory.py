@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_gemma_ft.model import decoder_block, layouts, quantize
 from keras_gemma_ft.model.attention import blocks as attention_blocks
-from keras_gemma_ft.planning import devices, shapes
+from keras_gemma_ft.planning import devices
 from keras_gemma_ft.tuning import adamw8, chunks, loss
 
 # Numbers that an optimizer keeps for each trained one.
@@ -41,7 +41,7 @@ def parts(step):
     """{part: bytes a device}, largest at the same moment.
 
     Args:
-        step: `arithmetic.Step`.
+        step: `step.Step`.
 
     weights, adapters, optimizer, gradients: what lies there; kept: what the
     forward pass keeps for the backward one; work: beside it while one block is
@@ -49,10 +49,10 @@ def parts(step):
     allocator hold for themselves.
     """
     count = trained(step)
-    slots = _SLOTS[step.cfg.train.optimizer] + (step.accumulation > 1)
+    slots = _SLOTS[step.optimizer] + (step.accumulation > 1)
     found = {
         "weights": weights(step),
-        "adapters": 4 * count if step.cfg.lora.rank else 0,
+        "adapters": 4 * count if step.adapters else 0,
         "optimizer": 4 * count * slots,
         "gradients": 4 * count,
         "kept": kept(step),
@@ -83,20 +83,19 @@ def _framework(step, others):
 
 def weights(step, of=""):
     """Bytes of the weights, as they are stored; of paths that begin with `of`."""
-    model = step.cfg.model
     items = []
-    for path, shape in shapes.weights(step.settings):
+    for path, shape in step.weights:
         if not path.startswith(of):
             continue
         layer, _, last = path.rpartition("/")
         kinds = {last: (shape, None)}
-        if last == "kernel" and model.quantize != "none":
-            kinds = quantize.stored_as(shape, model.quantize)
-        elif last == "embeddings" and model.quantize_embedding != "none":
+        if last == "kernel" and step.quantize != "none":
+            kinds = quantize.stored_as(shape, step.quantize)
+        elif last == "embeddings" and step.quantize_embedding != "none":
             # As `tables` has it: codes, and a step of each word.
             kinds = {"codes": (shape, "int8"), "step": (shape[:1], "float32")}
         for name, (part, dtype) in kinds.items():
-            width = step.size if step.cfg.lora.rank else 4
+            width = step.size if step.adapters else 4
             width = np.dtype(dtype).itemsize if dtype else width
             items.append((f"{layer}/{name}", part, width))
     return _on_device(step, items)
@@ -104,9 +103,7 @@ def weights(step, of=""):
 
 def trained(step):
     """Trained numbers on a device."""
-    found = shapes.weights(step.settings)
-    if step.cfg.lora.rank:
-        found = shapes.adapters(step.settings, step.cfg.lora)
+    found = step.adapters or step.weights
     return _on_device(step, [(*item, 1) for item in found])
 
 
@@ -117,8 +114,8 @@ def _on_device(step, items):
 
 def kept(step):
     """What the forward pass keeps: the blocks' inputs, or all of `_block`."""
-    d, t = step.settings["hidden_dim"], step.here
-    layers = step.settings["num_layers"]
+    d, t = step.hidden, step.here
+    layers = step.layers
     # Each block's input; beyond them the last one's output, the final norm's
     # result, and the gradient that the head leaves for it.
     outside = t * d * (step.residual * (layers + 1) + 2 * step.size)
@@ -127,9 +124,9 @@ def kept(step):
 
 def _block(step):
     """What one block keeps beside its input for its backward pass."""
-    s, t, m = step.settings, step.here, step.mesh[1]
-    d, f, h = s["hidden_dim"], s["intermediate_dim"] // 2, s["head_dim"]
-    n, k = s["num_query_heads"], s["num_key_value_heads"]
+    t, m = step.here, step.mesh[1]
+    d, f, h = step.hidden, step.ffw, step.head_dim
+    n, k = step.heads, step.kv_heads
     # Both halves' results before their norms; between the halves, the residual.
     found = t * d * (2 * step.size + step.residual)
     # Queries, keys, values and what attention gives of them; gate and up.
@@ -144,9 +141,9 @@ def _block(step):
 
 def work(step):
     """What lives beside `kept` while one block is differentiated."""
-    s, t, m = step.settings, step.here, step.mesh[1]
-    f, h = s["intermediate_dim"] // 2, s["head_dim"]
-    n, k = s["num_query_heads"], s["num_key_value_heads"]
+    t, m = step.here, step.mesh[1]
+    f, h = step.ffw, step.head_dim
+    n, k = step.heads, step.kv_heads
     part, size = t, decoder_block.part_size(f // m)
     if step.recompute and not step.compiled and t >= 2 * size:
         part = size
@@ -155,7 +152,7 @@ def work(step):
     # then gate, up and down are gone.
     looked = t * (2 * n + 4 * k) * h // m * step.size
     looked += 0 if step.fused else 12 * n // m * _scores(step)
-    looked -= t * step.size * (s["hidden_dim"] + 2 * f // m)
+    looked -= t * step.size * (step.hidden + 2 * f // m)
     block = _block(step) if step.recompute else 0
     return max(ffw, looked) + block + _brought(step)
 
@@ -170,8 +167,8 @@ def _scores(step):
 
 def _brought(step):
     """Weights that are copied or formed for use: a block's, or two blocks'."""
-    one = block_weights(step.settings) * step.size // step.mesh[1]
-    formed = one if step.cfg.model.quantize != "none" else 0
+    one = block_weights(step) * step.size // step.mesh[1]
+    formed = one if step.quantize != "none" else 0
     if step.split[0] > 1:
         # Those of the next are there before the last ones are gone.
         return 2 * one
@@ -181,28 +178,28 @@ def _brought(step):
     return formed
 
 
-def block_weights(settings):
+def block_weights(step):
     """Numbers in a decoder block's frozen weights."""
     return sum(
         math.prod(shape)
-        for path, shape in shapes.weights(settings)
+        for path, shape in step.weights
         if path.startswith(_FIRST)
     )
 
 
 def _by_words(step):
     """As `loss` decides: with float32 logits only, and the table frozen."""
-    return step.size == 4 and bool(step.cfg.lora.rank)
+    return step.size == 4 and bool(step.adapters)
 
 
 def logits(step):
     """The head's: a chunk's logits and theirs, the table's rows, dh."""
-    words, d = step.settings["vocabulary_size"], step.settings["hidden_dim"]
+    words, d = step.words, step.hidden
     tokens = step.rows * step.length
     by_words = _by_words(step)
     compiled = step.compiled and not by_words
     tokens = loss.chunk_size(
-        tokens, words, step.cfg.train.loss_chunk, by_words=by_words,
+        tokens, words, step.chunk, by_words=by_words,
         compiled=compiled,
     )  # fmt: skip
     if by_words:

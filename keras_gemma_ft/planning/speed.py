@@ -7,7 +7,7 @@ rests on steps of 2B that were measured on one NVIDIA H200.
 import math
 
 from keras_gemma_ft.model.attention import blocks
-from keras_gemma_ft.planning import devices, memory, shapes
+from keras_gemma_ft.planning import devices, memory
 
 # Share of the H200's sheet, over all FLOPs of a step of 2B with all-linear LoRA
 # of rank 8, in bfloat16 (tests/README.md has the runs): 25,764 token/s on Torch
@@ -29,21 +29,19 @@ def flops_per_token(step):
     is trained.
 
     Args:
-        step: `arithmetic.Step`.
+        step: `step.Step`.
     """
-    s = step.settings
-    head = 2 * s["vocabulary_size"] * s["hidden_dim"]
-    blocks = 2 * s["num_layers"] * memory.block_weights(s)
-    found = shapes.adapters(s, step.cfg.lora)
-    low = 2 * sum(math.prod(shape) for _, shape in found)
-    full = 0 if step.cfg.lora.rank else 1
+    head = 2 * step.words * step.hidden
+    blocks = 2 * step.layers * memory.block_weights(step)
+    low = 2 * sum(math.prod(shape) for _, shape in step.adapters)
+    full = 0 if step.adapters else 1
     # Query by key and weight by value: 4 FLOPs a pair of places and head
     # channel; backwards they are formed again, with four products more.
     looks = (
         4
-        * s["num_query_heads"]
-        * s["head_dim"]
-        * sum(_reach(step, i) for i in range(s["num_layers"]))
+        * step.heads
+        * step.head_dim
+        * sum(_reach(step, i) for i in range(step.layers))
     )
     again = 1 if step.recompute else 0
     return (
@@ -56,12 +54,10 @@ def flops_per_token(step):
 
 def _reach(step, layer):
     """Places that a token looks at on average, whole rows assumed."""
-    windowed = step.settings["use_sliding_window_attention"]
-    window = step.settings["sliding_window_size"]
-    length = step.length
+    window, length = step.window, step.length
     if length <= 2 * blocks.BLOCK and not step.fused:
         return length
-    if windowed and layer % 2 == 0 and window < length:
+    if window and layer % 2 == 0 and window < length:
         return window - window * window / (2 * length)
     return length / 2
 
@@ -117,9 +113,9 @@ def _weights(step):
     """Bytes of weights read in a micro-batch; what is formed is written, too."""
     passes = 3 if step.recompute else 2
     found = memory.weights(step)
-    if step.cfg.model.quantize != "none":
-        layers = step.settings["num_layers"]
-        formed = layers * memory.block_weights(step.settings) * step.size
+    if step.quantize != "none":
+        layers = step.layers
+        formed = layers * memory.block_weights(step) * step.size
         found += 2 * formed // step.mesh[1]
     return passes * found
 
@@ -136,13 +132,13 @@ def moved(step):
     passes = 3 if step.recompute else 2
     total = 0.0
     if step.split[0] > 1:
-        layers = step.settings["num_layers"]
-        whole = layers * memory.block_weights(step.settings)
+        layers = step.layers
+        whole = layers * memory.block_weights(step)
         total += passes * whole * step.size / model * (batch - 1) / batch
     if batch > 1:
         total += 2 * 4 * memory.trained(step) * (batch - 1) / batch
     if model > 1:
-        x = step.here * step.settings["hidden_dim"] * step.size
-        sums = 2 * passes * step.settings["num_layers"]
+        x = step.here * step.hidden * step.size
+        sums = 2 * passes * step.layers
         total += sums * 2 * x * (model - 1) / model
     return total

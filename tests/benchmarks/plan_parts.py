@@ -29,11 +29,11 @@ import numpy as np
 from keras_gemma_ft import config
 from keras_gemma_ft.model import presets
 from keras_gemma_ft.planning import (
-    arithmetic,
     devices,
     memory,
     program,
     shapes,
+    step,
 )
 from keras_gemma_ft.tuning import loss, trainer
 from tests.benchmarks import model
@@ -112,18 +112,18 @@ def planned(case, compiled, full):
     size, device, dtype, _, remat, *_ = CASES[case]
     if not full:
         dtype = "float32"
-    step = arithmetic.Step(
+    one = step.of(
         settings(case, compiled, dtype=dtype),
         shapes.known(size) if full else sizes(case).backbone(),
         devices.device(device) if full else devices.cpu(),
-        (1, 1), dtype, remat == "block", "torch",
+        (1, 1), dtype=dtype, recompute=remat == "block", backend="torch",
     )  # fmt: skip
-    found = memory.parts(step)
+    found = memory.parts(one)
     return {
         "lying": sum(found[k] for k in ("weights", "adapters", "optimizer")),
         "kept": found["kept"],
-        "head": memory.logits(step),
-        "back": memory.work(step) + found["gradients"],
+        "head": memory.logits(one),
+        "back": memory.work(one) + found["gradients"],
     }
 
 
