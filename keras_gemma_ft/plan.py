@@ -26,11 +26,11 @@ def plan(cfg):
     device = None if cfg.device == "auto" else devices.device(cfg.device)
     backend = runtime.start(cfg)
     # After start: keras reads its backend when it is imported.
-    from keras_gemma_ft.planning import report, search, shapes
+    from keras_gemma_ft.planning import report, settling, shapes
     from keras_gemma_ft.tuning import parent
 
     if device is None:
-        device = search.here(backend)
+        device = settling.here(backend)
     elif device.kind == "tpu":
         backend = "jax"
     if cfg.device == "cpu" and cfg.mesh != "auto":

@@ -14,17 +14,17 @@ from keras_gemma_ft import config, runtime
 
 def train(cfg):
     """Runs `cfg`; returns what summary.json holds."""
-    from keras_gemma_ft import workers
+    from keras_gemma_ft import family, workers
     from keras_gemma_ft.formats import usage
 
-    workers.watch()
+    family.watch()
     cfg = usage.settle(cfg, runtime.say)
     if (count := workers.wanted(cfg)) > 1:
         return workers.run(cfg, count)
     backend = runtime.start(cfg)
     # After start: keras reads its backend when it is imported.
     from keras_gemma_ft.model import hosts
-    from keras_gemma_ft.planning import search, shapes
+    from keras_gemma_ft.planning import settling, shapes
     from keras_gemma_ft.tuning import parent, trainer
 
     hosts.start(cfg)
@@ -38,7 +38,7 @@ def train(cfg):
         parts = hosts.count() if hosts.apart() else 1
         own = _share(cfg, parts)
         asked, found = map(
-            config.flatten, (own, search.settle(own, settings, backend))
+            config.flatten, (own, settling.settle(own, settings, backend))
         )
         new = {k: v for k, v in found.items() if v != asked[k]}
         if rows := new.get("data.micro_batch_size"):
@@ -49,9 +49,9 @@ def train(cfg):
     try:
         return trainer.run(cfg, backend)
     except Exception as error:
-        if search.out_of_memory(error):
+        if settling.out_of_memory(error):
             raise config.UserError(
-                search.advice(cfg, settings, backend, error)
+                settling.advice(cfg, settings, backend, error)
             ) from error
         raise
 

@@ -23,7 +23,8 @@ BELOW = {
     "embedded": {"config", "runtime"},
     "data": {"config"},
     "formats": {"config"},
-    "workers": {"config", "runtime", "data"},
+    "family": {"runtime"},
+    "workers": {"config", "runtime", "data", "family"},
     "model": {"config", "runtime", "workers", "embedded", "data", "formats"},
 }
 BELOW["inference"] = BELOW["model"] | {"model"}
@@ -42,8 +43,6 @@ LATE = FRAMEWORKS | {
 LONG = {
     "config/elsewhere.py": "one table of other tools' words",
     "embedded/sentences.py": "one list of sentences",
-    "planning/search.py": "options and messages; to be split",
-    "workers.py": "which processes, and running them; to be split",
 }
 
 

@@ -20,7 +20,13 @@ from test_bad_inputs import call  # noqa: F401
 
 from keras_gemma_ft import config, train
 from keras_gemma_ft.model import attention, lora, presets, quantize
-from keras_gemma_ft.planning import arithmetic, devices, search, shapes
+from keras_gemma_ft.planning import (
+    arithmetic,
+    devices,
+    search,
+    settling,
+    shapes,
+)
 from keras_gemma_ft.tuning import trainer
 
 jax_only = pytest.mark.skipif(
@@ -353,7 +359,7 @@ def test_settings_that_are_said_are_kept():
 def small_device(monkeypatch):
     """This machine with 3 MB of memory."""
     device = devices.Device("small", "gpu", 1, 3e6, 1e12, 1e11, 0, "float32")
-    monkeypatch.setattr(search, "here", lambda backend: device)
+    monkeypatch.setattr(settling, "here", lambda backend: device)
 
 
 def test_train_refuses_before_loading(call, small_device, monkeypatch):  # noqa: F811
@@ -375,9 +381,9 @@ def test_memory_errors_are_known():
     class OutOfMemoryError(Exception):
         pass
 
-    assert search.out_of_memory(OutOfMemoryError())
-    assert search.out_of_memory(MemoryError())
-    assert not search.out_of_memory(ValueError("shape"))
+    assert settling.out_of_memory(OutOfMemoryError())
+    assert settling.out_of_memory(MemoryError())
+    assert not settling.out_of_memory(ValueError("shape"))
 
 
 # --- the verb ------------------------------------------------------------------

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from keras_gemma_ft import command_line, config, runtime, workers
+from keras_gemma_ft import command_line, config, family, runtime, workers
 from keras_gemma_ft.runtime import devices, packages
 
 
@@ -155,11 +155,11 @@ def test_a_number_of_processes(local):
 # A verb whose processes end as each of them is told: see `ends`.
 ENDS = """
 import os, signal, sys, time
-from keras_gemma_ft import config, runtime, workers
+from keras_gemma_ft import config, family, runtime
 def verb(cfg):
     assert cfg.train.optimizer == "sgd" and cfg.hosts.local == "1"
     assert cfg.resume is False
-    workers.watch()
+    family.watch()
     how = {ways}[cfg.hosts.index]
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == str(cfg.hosts.index)
     if how == "done":
@@ -201,7 +201,7 @@ def test_a_parent_ends_as_its_processes_do(
     tmp_path, machine, monkeypatch, capfd, ways, code, result, told
 ):
     machine(2)
-    monkeypatch.setattr(workers, "GRACE", 0.5)
+    monkeypatch.setattr(family, "GRACE", 0.5)
     (tmp_path / "ending.py").write_text(ENDS.format(ways=ways))
     monkeypatch.setenv("PYTHONPATH", f"{':'.join(sys.path)}:{tmp_path}")
     cfg = config.replace(
