@@ -1,7 +1,7 @@
 """The door for notebooks: tune, look, ask, evaluate, export in five lines.
 
     import keras_gemma_ft as kgf
-    run = kgf.tune(data_train=records, data_eval="5%", lora_rank=16)
+    run = kgf.tune(records, data_eval="5%", lora_rank=16)
     run                                 # summary, curves, samples
     run.ask("Set a timer for ten minutes")
     run.export("my_adapter")

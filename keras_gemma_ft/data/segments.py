@@ -1,4 +1,4 @@
-"""A segment: a piece of text, or one control token, and whether it is learned.
+"""A segment is a piece of text or a control token, learned or not.
 
 Also the names of the control tokens of Gemma's vocabularies.
 """

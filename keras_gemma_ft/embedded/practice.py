@@ -1,4 +1,4 @@
-"""What books of 1860-1920 lack: digits, records, repetition, turns. Seeded.
+"""Practice texts, seeded, for what books of 1860-1920 lack: digits, turns.
 
 A real Gemma 2 has read numbers in digits and words, JSON, and text that says
 things twice; a few million tokens of old novels hold almost none of it, and a

@@ -1,4 +1,4 @@
-"""LoRA adapters on disk: the one door.
+"""Reads and writes LoRA adapters, in whichever format they are on disk.
 
 An adapter in memory is `Adapter` (`low_rank.py`, with all shapes). On disk it
 is a PEFT folder (`peft_write.py`, `peft_read.py`,

@@ -1,4 +1,4 @@
-"""PEFT folder -> adapter: our own exactly, any other LoRA as "standard".
+"""A PEFT folder -> an adapter: as we wrote it, or as the style "standard".
 
 PEFT's rules are followed. A module's scale is alpha/r, or alpha/sqrt(r) with
 rsLoRA. Its r is that of its tensors. Its alpha stands under the first key of

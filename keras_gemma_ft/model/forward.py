@@ -1,4 +1,4 @@
-"""ids, segments, positions -> hidden states, over KerasHub's own variables.
+"""The forward pass: token ids -> hidden states, over KerasHub's variables.
 
 The stock layers cannot be used for training: on TPU they drop the attention
 soft cap, they know no segments, and 27B gets a wrong query scale. A block's

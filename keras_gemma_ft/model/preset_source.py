@@ -4,13 +4,14 @@ What goes wrong on the way, such as a download that fails, is said with what to
 do about it.
 """
 
-import errno
+import functools
+import os
 import pathlib
 
 import keras_hub
 
 from keras_gemma_ft import config, embedded
-from keras_gemma_ft.formats import huggingface
+from keras_gemma_ft.formats import atomic, huggingface
 
 _CREDENTIALS = (
     "Gemma's weights are behind a licence. Accept it on the model's page, "
@@ -77,13 +78,13 @@ def download(handle, files=_FILES):
     import huggingface_hub
     from huggingface_hub import errors
 
+    fetch = functools.partial(
+        huggingface_hub.snapshot_download,
+        handle.removeprefix("hf://"),
+        allow_patterns=list(files),
+    )
     try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(
-                handle.removeprefix("hf://"),
-                allow_patterns=list(files),
-            )
-        )
+        return pathlib.Path(fetch())
     except (errors.GatedRepoError, errors.LocalTokenNotFoundError) as error:
         raise config.UserError(
             f"--preset={handle}: {type(error).__name__}. {_CREDENTIALS}"
@@ -97,9 +98,13 @@ def download(handle, files=_FILES):
         raise config.UserError(
             f"--preset={handle}: {error}. Expected hf://owner/name."
         ) from None
-    except (errors.LocalEntryNotFoundError, OSError) as error:
-        if full := _full(error):
-            raise config.UserError(f"--preset={handle}: {full}") from None
+    except Exception as error:
+        if _is_full(error):
+            raise config.UserError(
+                f"--preset={handle}: {_no_room(handle, _size(fetch))}"
+            ) from None
+        if not isinstance(error, (errors.LocalEntryNotFoundError, OSError)):
+            raise
         # Not its text: the address in it may be signed.
         code = getattr(getattr(error, "response", None), "status_code", "")
         raise config.UserError(
@@ -107,7 +112,6 @@ def download(handle, files=_FILES):
         ) from None
 
 
-_FULL = errno.ENOSPC, errno.EDQUOT
 # KerasHub says "permissions" where Kaggle said 403 or 404.
 _DENIED = ("401", "403", "credentials", "not accessible", "permissions to")
 
@@ -116,8 +120,11 @@ def cure(source, error):
     """What to do about a failed download or load; None if it is our bug."""
     text, module = f"{type(error).__name__}: {error}", type(error).__module__
     local = isinstance(source, pathlib.Path)
-    if full := _full(error):
-        return full
+    if not local and _is_full(error):
+        known = keras_hub.models.GemmaBackbone.presets.get(source)
+        # Of a Kaggle handle nothing is known; weights take 16 bits at least.
+        wanted = 2 * known["metadata"]["params"] if known else 0
+        return _no_room(source, wanted)
     if not local and any(word in text for word in _DENIED):
         return f"no such model, or no access to it. {_CREDENTIALS}"
     if isinstance(error, FileNotFoundError):
@@ -136,19 +143,43 @@ def cure(source, error):
     return str(error) if known else None
 
 
-def _full(error):
-    """What to do where a download filled the disk; "" where it did not.
+def _is_full(error):
+    """Whether a full disk is among an error and what led to it."""
+    while error is not None:
+        # Of a library in Rust the message alone says it.
+        if "No space left on device" in str(error):
+            return True
+        if isinstance(error, OSError) and atomic.is_full(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _no_room(preset, wanted):
+    """What is said of a download that a full disk ended.
 
     Args:
-        error: an exception; one that it came from may be the disk's.
+        preset: an `hf://` or `kaggle://` handle, or a KerasHub preset.
+        wanted: bytes that it takes; 0 where that is not known.
     """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return (
-                "the disk is full, or your share of it. Make room (the 2B "
-                "takes 5 GB, the 9B 18), or name a folder on another disk: "
-                "HF_HOME for hf://, KAGGLEHUB_CACHE for all others. What is "
-                "there already is kept."
-            )
-        error = error.__cause__ or error.__context__
-    return ""
+    import huggingface_hub
+
+    folder, name = huggingface_hub.constants.HF_HUB_CACHE, "HF_HOME"
+    if not preset.startswith("hf://"):
+        name = "KAGGLEHUB_CACHE"
+        folder = os.environ.get(name, "~/.cache/kagglehub")
+    place = pathlib.Path(folder).expanduser() / preset.rpartition("//")[2]
+    return (
+        f"the disk is full. {atomic.NoRoom(place, wanted).strerror}. Make room "
+        f"and type the same command again, or set {name} to a folder on "
+        f"another disk."
+    )
+
+
+def _size(fetch):
+    """Bytes that `fetch` has yet to bring; 0 where the hub does not say."""
+    try:
+        files = fetch(dry_run=True)
+        return sum(file.file_size for file in files if file.will_download)
+    except Exception:  # The disk is full: that is told, whatever comes now.
+        return 0

@@ -1,4 +1,4 @@
-"""name -> a `GemmaCausalLM` and its tokenizer, every weight loaded once.
+"""A preset's name -> a `GemmaCausalLM` and its tokenizer, ready to be tuned.
 
 A name is the embedded model, a KerasHub preset, a handle (`kaggle://`,
 `hf://`), or a local folder in Keras preset or Hugging Face format.

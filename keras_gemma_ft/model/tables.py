@@ -1,4 +1,4 @@
-"""The token table: rows for the input, words for the head.
+"""The token table, used twice: its rows as input, all of it by the head.
 
 A table is a tensor [V, d], or, stored in 8 bits, a dict of tensors: `codes`
 int8 [V, d] and `step` float32 [V, 1], a row being codes * step. No more than a

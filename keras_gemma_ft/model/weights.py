@@ -1,10 +1,11 @@
-"""Weights get their values once: as they are read, where they belong.
+"""Gives each weight its value once, as it is read, where it belongs.
 
 Keras draws random numbers for every variable, whole on one device, before a
 loader overwrites them. In `once` a variable has no value until its own comes,
 and what is to be quantised has none ever: its codes come in its place.
 """
 
+import contextlib
 import hashlib
 import math
 import types
@@ -39,30 +40,50 @@ def once(source, make, mode="none", embedding="none", note=None):
             3.15.0 could skip variables of a sharded file in silence.
     """
     arrivals = _Arrivals(mode, embedding, note)
-    kind = keras.Variable
-    # Keras's only public way to variables without values is StatelessScope,
-    # which keeps a private list of them and leaves Torch without parameters.
-    assign, initialize = kind.assign, kind._initialize_with_initializer
+    assign = keras.Variable.assign
 
     def fill(variable, value):
         if id(variable) not in arrivals.empty:
             return assign(variable, value)
         return arrivals.take(variable, value)
 
-    def leave_empty(variable, initializer):
-        arrivals.leave_empty(variable)
-
-    kind.assign, kind._initialize_with_initializer = fill, leave_empty
-    try:
+    with _instead(arrivals.leave_empty, fill):
         model = make()
         _check(source, model, arrivals.counts)
         digest = _digest(model, arrivals.samples)
         for layer in (*lora.layers(model), model.token_embedding):
             arrivals.settle(layer)
         quantize.settle(model, mode, embedding)
-    finally:
-        kind.assign, kind._initialize_with_initializer = assign, initialize
     return model, digest
+
+
+def never(make):
+    """What `make` builds, on JAX; its variables have shapes and no values."""
+    with _instead(_left_empty, keras.Variable.assign):
+        return make()
+
+
+@contextlib.contextmanager
+def _instead(initialize, assign):
+    """A block in which variables are initialised and assigned to otherwise.
+
+    Keras's only public way to variables without values is StatelessScope, which
+    keeps a private list of them and leaves Torch without parameters.
+    """
+    kind = keras.Variable
+    before = kind.assign, kind._initialize_with_initializer
+    kind.assign = assign
+    kind._initialize_with_initializer = lambda v, initializer: initialize(v)
+    try:
+        yield
+    finally:
+        kind.assign, kind._initialize_with_initializer = before
+
+
+def _left_empty(variable):
+    variable._value = None
+    # Stands in for the value while Keras infers shapes.
+    variable._initializer = keras.initializers.Zeros()
 
 
 class _Arrivals:
@@ -85,9 +106,7 @@ class _Arrivals:
     def leave_empty(self, variable):
         """A variable would draw its first value: it waits for it."""
         self.empty[id(variable)] = variable
-        variable._value = None
-        # Stands in for the value while Keras infers shapes.
-        variable._initializer = keras.initializers.Zeros()
+        _left_empty(variable)
         if keras.config.backend() != "torch":
             return
         import torch

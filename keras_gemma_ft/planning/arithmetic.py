@@ -1,6 +1,6 @@
-"""Bytes, FLOPs and seconds of a training step, from sizes alone.
+"""An estimate of a training step: its bytes, its FLOPs and its seconds.
 
-An estimate, for machines whose compiler cannot be asked and for choosing what
+It is for machines whose compiler cannot be asked, and for choosing what
 to ask it: `memory` has the bytes, `speed` the seconds.
 """
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import pipeline
-from keras_gemma_ft.model import layouts, sharding
+from keras_gemma_ft.model import layouts, sharding, weights
 from keras_gemma_ft.tuning import trainer
 
 
@@ -59,29 +59,15 @@ def model(cfg, settings, dtype):
     Returns:
         `fine_tuner.FineTuner`, built; its large variables have no value.
     """
-    import jax
-
     settings = dict(settings)
     scalar = settings.pop("query_pre_attn_scalar", None)
     settings.pop("dtype", None)
-    made = []
-
-    def make():
-        with keras.StatelessScope(initialize_variables=False):
-            policy = dtype
-            if not cfg.lora.rank and dtype != "float32":
-                policy = f"mixed_{dtype}"
-            made.append(
-                keras_hub.models.GemmaBackbone(**settings, dtype=policy)
-            )
-        return 0
-
-    jax.eval_shape(make)
-    # Else Keras would draw the values at the next opportunity.
-    keras.src.backend.common.global_state.set_global_attribute(
-        "uninitialized_variables", []
+    policy = dtype
+    if not cfg.lora.rank and dtype != "float32":
+        policy = f"mixed_{dtype}"
+    backbone = weights.never(
+        lambda: keras_hub.models.GemmaBackbone(**settings, dtype=policy)
     )
-    backbone = made[0]
     if scalar is not None:
         backbone.query_pre_attn_scalar = scalar
     backbone.preset = cfg.preset

@@ -1,4 +1,4 @@
-"""One tile: some queries by some keys, forward and backward.
+"""The arithmetic of one tile: some queries by some keys, both ways.
 
 A tile's products have the dtype of their operands; between them everything is
 float32. On a GPU it stays in registers: see `_names`. Shapes: B batch, T
