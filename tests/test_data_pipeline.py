@@ -271,6 +271,12 @@ def test_truncation_and_drops_are_reported(tmp_path, tokenizer):
     path.write_text('{"prompt": "hi", "response": ""}\n')
     with pytest.raises(UserError, match=f"none is left .* 1 x {tokens.EMPTY}"):
         pipeline.prepare(settings(path), tokenizer, "train", 0)
+    path.write_text(json.dumps({"prompt": "fox " * 90, "response": "ok"}))
+    with pytest.raises(UserError, match="try --data.sequence_length=") as told:
+        pipeline.prepare(settings(path), tokenizer, "train", 0)
+    longer = int(str(told.value).rpartition("=")[2].partition(",")[0])
+    again = settings(path, sequence_length=longer)
+    assert pipeline.prepare(again, tokenizer, "train", 0).report["kept"] == 1
 
 
 def test_bad_records_share_one_budget(tmp_path, tokenizer):

@@ -64,9 +64,11 @@ def build(found, data, tokenizer, split, seed):
     rendered = _render(everything, numbers, layout, template, source, bad, told)
     # Rows of text are windows of it; of a conversation the end is cut off.
     whole = layout.format == "text" and layout.learn == "all"
+    lengths = []
     for number, segments, example in _encode(rendered, tokenizer, len(numbers)):
         _count(segments, counts)
         kept = tokens.cut(example, data.sequence_length, counts, windows=whole)
+        lengths.append(len(example.token_ids))
         built.examples.extend(kept)
         built.records.extend([number] * len(kept))
         if kept and not whole:
@@ -79,6 +81,7 @@ def build(found, data, tokenizer, split, seed):
             f"{split}: of {len(numbers)} records none is left to learn: "
             f"{'; '.join(reasons) or 'all were skipped'}. Read as {layout}, "
             f"--data.sequence_length={data.sequence_length}."
+            + _longer(counts, lengths)
         )
     counts.turns = {what: n for what, n in told.items() if n}
     built.report.update(
@@ -120,6 +123,16 @@ def _read(found, data, split, seed):
         order = np.random.default_rng([seed, 1]).permutation(len(records))
         numbers = order[:held] if split == "eval" else order[held:]
     return records, report, np.sort(numbers)
+
+
+def _longer(counts, lengths):
+    """What to type where every answer begins too late; "" elsewhere."""
+    if not counts.dropped.get(tokens.TOO_LONG):
+        return ""
+    return (
+        f" The longest has {max(lengths)} tokens: try "
+        f"--data.sequence_length={-(-max(lengths) // 64) * 64}, if that fits."
+    )
 
 
 def _layout(records, data, source):
