@@ -16,7 +16,7 @@ from keras_gemma_ft import runtime
 # Seconds that the others have to end by themselves once one has ended early.
 GRACE = 20
 # Set for a process that another one has started and keeps the stdin of.
-STARTED = "KERAS_GEMMA_FTSTARTED"
+STARTED = "KERAS_GEMMA_FT_STARTED"
 
 
 class Family:
