@@ -35,6 +35,7 @@ class Family:
         self.signals.append(number)
 
     def start(self, command, environment):
+        """Starts one more; only the first one's stderr is seen."""
         import subprocess
 
         local = len(self.members)
@@ -55,7 +56,7 @@ class Family:
         self.members.append(process)
 
     def wait(self):
-        """Until all have ended; [(number, exit code)] in that order."""
+        """Waits until all have ended, or `GRACE` after one failed."""
         limit = None
         while len(self.ended) < len(self.members):
             time.sleep(0.05)
@@ -73,6 +74,7 @@ class Family:
                 return
 
     def kill(self):
+        """Ends those that are still there."""
         for process in self.members:
             process.kill()
             process.wait()

@@ -14,11 +14,10 @@ PAGES = sorted(
     if path.parent.name
     in ("keras_gemma_ft", "configs", "launch", "tests", HOME.name)
 )
-# Flags of other programs, and of the benchmarks' own command lines.
 # Flags of the benchmarks' own command lines, and of other programs.
 BENCHMARKS = (
-    "against backend budget check contenders device dtype ffw head_dim hidden launches "
-    "layers mesh quick rows size step words"
+    "against backend budget check contenders device dtype ffw head_dim hidden "
+    "launches layers mesh quick rows size step words"
 )
 OTHERS = {
     "tests/README.md": set(BENCHMARKS.split()),

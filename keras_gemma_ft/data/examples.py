@@ -64,11 +64,11 @@ def build(found, data, tokenizer, split, seed):
     rendered = _render(everything, numbers, layout, template, source, bad, told)
     # Rows of text are windows of it; of a conversation the end is cut off.
     whole = layout.format == "text" and layout.learn == "all"
-    lengths = []
+    longest = 0
     for number, segments, example in _encode(rendered, tokenizer, len(numbers)):
         _count(segments, counts)
         kept = tokens.cut(example, data.sequence_length, counts, windows=whole)
-        lengths.append(len(example.token_ids))
+        longest = max(longest, len(example.token_ids))
         built.examples.extend(kept)
         built.records.extend([number] * len(kept))
         if kept and not whole:
@@ -81,7 +81,7 @@ def build(found, data, tokenizer, split, seed):
             f"{split}: of {len(numbers)} records none is left to learn: "
             f"{'; '.join(reasons) or 'all were skipped'}. Read as {layout}, "
             f"--data.sequence_length={data.sequence_length}."
-            + _longer(counts, lengths)
+            + _longer(counts, longest)
         )
     counts.turns = {what: n for what, n in told.items() if n}
     built.report.update(
@@ -125,13 +125,13 @@ def _read(found, data, split, seed):
     return records, report, np.sort(numbers)
 
 
-def _longer(counts, lengths):
+def _longer(counts, longest):
     """What to type where every answer begins too late; "" elsewhere."""
     if not counts.dropped.get(tokens.TOO_LONG):
         return ""
     return (
-        f" The longest has {max(lengths)} tokens: try "
-        f"--data.sequence_length={-(-max(lengths) // 64) * 64}, if that fits."
+        f" The longest has {longest} tokens: try "
+        f"--data.sequence_length={-(-longest // 64) * 64}, if that fits."
     )
 
 

@@ -34,9 +34,10 @@ class NoRoom(OSError):
 
 
 def is_full(error):
-    """Whether an `OSError` says that there was no room."""
-    # HDF5 has the number in its message only.
-    return error.errno in _FULL or "No space left on device" in str(error)
+    """Whether an exception says that there was no room."""
+    # HDF5, and libraries in Rust, have it in the message only.
+    number = getattr(error, "errno", None)
+    return number in _FULL or "No space left on device" in str(error)
 
 
 def check_room(final, wanted):

@@ -33,7 +33,6 @@ class Facts:
         epsilon: of the norms.
         compute, residual: `torch.dtype`s.
         quantized: mode of the kernels, or None.
-        low: s of s (x A) B, or None without LoRA.
         dropout: rate on the adapters' input.
     """
 
@@ -44,7 +43,6 @@ class Facts:
     compute: object
     residual: object
     quantized: str | None
-    low: float | None
     dropout: float
 
 

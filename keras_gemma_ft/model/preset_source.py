@@ -60,6 +60,7 @@ def resolve(preset):
 
 
 def is_huggingface(source):
+    """Whether what `resolve` gave is a folder in Hugging Face's format."""
     return isinstance(source, pathlib.Path) and huggingface.is_huggingface(
         source
     )
@@ -146,10 +147,7 @@ def cure(source, error):
 def _is_full(error):
     """Whether a full disk is among an error and what led to it."""
     while error is not None:
-        # Of a library in Rust the message alone says it.
-        if "No space left on device" in str(error):
-            return True
-        if isinstance(error, OSError) and atomic.is_full(error):
+        if atomic.is_full(error):
             return True
         error = error.__cause__ or error.__context__
     return False

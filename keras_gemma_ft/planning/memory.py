@@ -115,11 +115,10 @@ def _on_device(step, items):
 def kept(step):
     """What the forward pass keeps: the blocks' inputs, or all of `_block`."""
     d, t = step.hidden, step.here
-    layers = step.layers
     # Each block's input; beyond them the last one's output, the final norm's
     # result, and the gradient that the head leaves for it.
-    outside = t * d * (step.residual * (layers + 1) + 2 * step.size)
-    return outside + (0 if step.recompute else layers * _block(step))
+    outside = t * d * (step.residual * (step.layers + 1) + 2 * step.size)
+    return outside + (0 if step.recompute else step.layers * _block(step))
 
 
 def _block(step):

@@ -6,7 +6,7 @@ rests on steps of 2B that were measured on one NVIDIA H200.
 
 import math
 
-from keras_gemma_ft.model.attention import blocks
+from keras_gemma_ft.model.attention import blocks as attention_blocks
 from keras_gemma_ft.planning import devices, memory
 
 # Share of the H200's sheet, over all FLOPs of a step of 2B with all-linear LoRA
@@ -55,7 +55,7 @@ def flops_per_token(step):
 def _reach(step, layer):
     """Places that a token looks at on average, whole rows assumed."""
     window, length = step.window, step.length
-    if length <= 2 * blocks.BLOCK and not step.fused:
+    if length <= 2 * attention_blocks.BLOCK and not step.fused:
         return length
     if window and layer % 2 == 0 and window < length:
         return window - window * window / (2 * length)
@@ -114,8 +114,7 @@ def _weights(step):
     passes = 3 if step.recompute else 2
     found = memory.weights(step)
     if step.quantize != "none":
-        layers = step.layers
-        formed = layers * memory.block_weights(step) * step.size
+        formed = step.layers * memory.block_weights(step) * step.size
         found += 2 * formed // step.mesh[1]
     return passes * found
 
@@ -132,8 +131,7 @@ def moved(step):
     passes = 3 if step.recompute else 2
     total = 0.0
     if step.split[0] > 1:
-        layers = step.layers
-        whole = layers * memory.block_weights(step)
+        whole = step.layers * memory.block_weights(step)
         total += passes * whole * step.size / model * (batch - 1) / batch
     if batch > 1:
         total += 2 * 4 * memory.trained(step) * (batch - 1) / batch

@@ -78,7 +78,7 @@ class Step:
 
     @property
     def tokens(self):
-        """Of an optimizer step, all devices."""
+        """Tokens of an optimizer step, on all devices."""
         return self.rows * self.accumulation * self.length
 
     @property

@@ -188,7 +188,7 @@ def summary(entry, args, card, ready, steps, memory):
         "whole_peak_gib": round(memory["whole_peak"] / _GIB, 3),
         "peak_of": memory["where"],
         "build_s": round(built, 1),
-        "first_step_s": round(warm[0]["seconds"], 1),
+        "first_step_s": round(warm[0]["seconds"], 3),
         "losses": losses,
         "finite": all(map(math.isfinite, losses)),
     }
