@@ -5,6 +5,7 @@ Precedence: default < the embedded model's recipe < `--config` file < flags.
 
 import dataclasses
 import pathlib
+import re
 import runpy
 import traceback
 
@@ -77,6 +78,28 @@ def _help_of(path, field, default):
     choices = field.metadata["choices"]
     more = f" [{'|'.join(choices)}]" if choices else ""
     return f"  --{path}={shown}\n      {field.metadata['help']}{more}"
+
+
+def spelled(argv, verb):
+    """`argv` with the section put before flags of the verb's own section.
+
+    `export --format=gguf` is `export --export.format=gguf`, and `--noverify`
+    is `--noexport.verify`.
+    """
+    paths = {path for path, _, _ in walk(Config())}
+
+    def whole(word):
+        dashes, name, rest = re.fullmatch(
+            r"(--?)([A-Za-z_]\w*)(=.*|)", word, re.DOTALL
+        ).groups()
+        no = "" if f"{verb}.{name}" in paths else "no"
+        path = f"{verb}.{name.removeprefix(no)}"
+        if name in paths or path not in paths or not name.startswith(no):
+            return word
+        return f"{dashes}{no}{path}{rest}"
+
+    flag = re.compile(r"--?[A-Za-z_]\w*(=.*|)", re.DOTALL).fullmatch
+    return [whole(word) if flag(word) else word for word in argv]
 
 
 def unread(argv, verb):

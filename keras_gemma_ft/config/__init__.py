@@ -5,8 +5,10 @@ from its path: `Config.lora.rank` is `--lora.rank=16`. What a setting refuses
 stands beside it, what several refuse together in `settings.CONFLICTS`.
 """
 
+from keras_gemma_ft.config import exporting
 from keras_gemma_ft.config.answers import Generate
 from keras_gemma_ft.config.data import Data
+from keras_gemma_ft.config.exporting import FORMATS, Export
 from keras_gemma_ft.config.fields import (
     UserError,
     did_you_mean,

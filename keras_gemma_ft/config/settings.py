@@ -4,6 +4,7 @@ import dataclasses
 
 from keras_gemma_ft.config.answers import Generate
 from keras_gemma_ft.config.data import Data
+from keras_gemma_ft.config.exporting import Export
 from keras_gemma_ft.config.fields import (
     UserError,
     at_least,
@@ -71,6 +72,7 @@ class Config:
     model: Model = dataclasses.field(default_factory=Model)
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
     generate: Generate = dataclasses.field(default_factory=Generate)
+    export: Export = dataclasses.field(default_factory=Export)
     # No setting: the paths that the user has set, where it is known; `typed`.
     given: frozenset | None = dataclasses.field(
         default=None, compare=False, repr=False

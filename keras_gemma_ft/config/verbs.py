@@ -101,6 +101,23 @@ VERBS = {
             "hosts",
         ),
     ),
+    "export": Verb(
+        first=(
+            "run_dir",
+            "adapter",
+            "export.format",
+            "export.to",
+            "export.dtype",
+            "export.quantize",
+            "export.max_shard_size",
+            "export.verify",
+            "export.weights",
+            "export.rank",
+            "export.push_to",
+            "preset",
+        ),
+        more=("backend", "seed", "export", "data"),
+    ),
     "plan": Verb(
         first=(
             "preset",

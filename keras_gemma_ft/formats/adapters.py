@@ -14,6 +14,7 @@ is a PEFT folder (`peft_write.py`, `peft_read.py`,
 import pathlib
 
 from keras_gemma_ft.config import UserError, did_you_mean
+from keras_gemma_ft.formats import checkpoints
 from keras_gemma_ft.formats.keras_file import (
     layer_index,
     read_keras,
@@ -55,8 +56,9 @@ def read(path, backbone, *, base=""):
     """Read an adapter, whatever its form.
 
     Args:
-        path: a PEFT folder, a `.lora.h5` file, or a run folder that holds
-            `adapter/` (taken first) or `adapter.lora.h5`.
+        path: a PEFT folder, a `.lora.h5` file, a checkpoint of a run, or a
+            run folder that holds `adapter/` (taken first) or
+            `adapter.lora.h5`.
         backbone: dict as of `GemmaBackbone.get_config()` of the model that
             the adapter is for.
         base: preset name to note where the file does not say it.
@@ -69,6 +71,8 @@ def read(path, backbone, *, base=""):
             kind or for another model; every offending entry is listed.
     """
     found = place(path)
+    if checkpoints.is_checkpoint(found):
+        return checkpoints.read_checkpoint(found)
     if found.is_dir():
         return read_peft(found, backbone)
     return read_keras(found, backbone, base=base)
@@ -89,6 +93,8 @@ def place(path):
         )
     if not path.is_dir():
         raise UserError(f"There is no adapter at {path}.{_near(path)}")
+    if checkpoints.is_checkpoint(path):
+        return path
     for folder in (path, path / "adapter"):
         if (folder / CONFIG).is_file():
             return folder
@@ -106,6 +112,8 @@ def place(path):
 def weights_of(path):
     """The file that holds the weights of the adapter at `path`."""
     found = place(path)
+    if checkpoints.is_checkpoint(found):
+        return found / checkpoints.WEIGHTS
     return found / WEIGHTS if found.is_dir() else found
 
 

@@ -131,11 +131,7 @@ def huggingface_config(backbone, *, dtype="float32"):
             f"Not a Gemma 2 backbone: {', '.join(missing)} not set. "
             "Only Gemma 2 models can be written in Hugging Face format."
         )
-    scalar = backbone.get("query_pre_attn_scalar") or (
-        backbone["head_dim"]
-        if backbone["query_head_dim_normalize"]
-        else backbone["hidden_dim"] // backbone["num_query_heads"]
-    )
+    scalar = query_scalar(backbone)
     rope = {"rope_theta": _FIXED["rope_theta"], "rope_type": "default"}
     return (
         {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
@@ -158,6 +154,19 @@ def huggingface_config(backbone, *, dtype="float32"):
             "use_cache": True,
             "torch_dtype": dtype,
         }
+    )
+
+
+def query_scalar(backbone):
+    """`query_pre_attn_scalar` of a backbone: query scale = that ** -0.5.
+
+    Args:
+        backbone: dict as of `GemmaBackbone.get_config()`, with or without it.
+    """
+    return backbone.get("query_pre_attn_scalar") or (
+        backbone["head_dim"]
+        if backbone["query_head_dim_normalize"]
+        else backbone["hidden_dim"] // backbone["num_query_heads"]
     )
 
 

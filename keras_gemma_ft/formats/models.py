@@ -10,3 +10,129 @@ A reader of a format is an object with
 
 Nothing but one variable is in memory at a time.
 """
+
+import collections
+import math
+import pathlib
+
+import numpy as np
+
+from keras_gemma_ft.formats import (
+    huggingface,
+    keras_preset,
+    merging,
+    names,
+    shards,
+    tensors,
+)
+
+
+def open(folder):
+    """The reader of a model's folder: Hugging Face's format, or Keras's.
+
+    Raises:
+        UserError: it is not a whole Gemma 2; all that is wrong is listed.
+    """
+    if huggingface.is_huggingface(folder):
+        return HuggingFace(folder)
+    return keras_preset.KerasPreset(folder)
+
+
+class HuggingFace:
+    """A folder of safetensors as a reader.
+
+    Args:
+        folder: holds `config.json` and the shards.
+
+    Raises:
+        UserError: see `shards.read_tensors`.
+    """
+
+    def __init__(self, folder):
+        self.folder = pathlib.Path(folder)
+        self.backbone, found = shards.find(folder)
+        headers = {
+            shard: tensors.header(self.folder / shard)[0]
+            for shard in {*found.values()}
+        }
+        self.entries = {
+            names.keras_path(name): (name, shard, headers[shard][name])
+            for name, shard in found.items()
+        }
+        order = names.variable_shapes(self.backbone)
+        self.paths = [path for path in order if path in self.entries]
+
+    def read(self, path):
+        """One variable, with Keras's shape and the dtype it is stored in."""
+        name, shard, entry = self.entries[path]
+        array = tensors.read(self.folder / shard, entry)
+        head = self.backbone["head_dim"]
+        return names.to_keras(name, array, head_dim=head)[1]
+
+
+class Merged:
+    """A reader of a base with an adapter merged into it.
+
+    Args:
+        base: a reader.
+        adapter: `low_rank.Adapter`, or None.
+    """
+
+    def __init__(self, base, adapter):
+        self.base, self.adapter = base, adapter
+        self.backbone, self.paths = base.backbone, base.paths
+
+    def read(self, path):
+        """One variable: float32 where the adapter changes it, else the base's."""
+        return merging.merged(path, self.base.read(path), self.adapter)
+
+
+def dtype_of(model):
+    """Name of the dtype that most of a model's numbers are stored in."""
+    counts = collections.Counter()
+    shapes = names.variable_shapes(model.backbone)
+    # A block is like the others: reading all of 9B to look would take minutes.
+    for path in model.paths:
+        if path.startswith("decoder_block_0/"):
+            kind = model.read(path).dtype.name
+            counts[kind] += math.prod(shapes[path])
+    return counts.most_common(1)[0][0]
+
+
+def parameters(model):
+    """Numbers in a model's variables."""
+    shapes = names.variable_shapes(model.backbone)
+    return sum(math.prod(shapes[path]) for path in model.paths)
+
+
+def split(model, dtype, limit):
+    """Paths of a model's variables in groups, each for one file.
+
+    Args:
+        model: a reader.
+        dtype: name of the dtype in which they are stored.
+        limit: bytes of a file at most; a variable that is larger has its own.
+
+    Returns:
+        List of lists of paths, in the model's order.
+    """
+    shapes = names.variable_shapes(model.backbone)
+    width = 4 if dtype == "float32" else 2
+    groups, room = [], 0
+    for path in model.paths:
+        size = width * math.prod(shapes[path])
+        if not groups or size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(path)
+        room -= size
+    return groups
+
+
+def cast(array, dtype):
+    """An array in the dtype of a name, bfloat16 too; contiguous."""
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        dtype = ml_dtypes.bfloat16
+    return np.ascontiguousarray(array, dtype)

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import pathlib
 
+import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
@@ -21,11 +22,16 @@ from keras_gemma_ft.formats.peft_config import CONFIG, peft_config
 
 WEIGHTS = "adapter_model.safetensors"
 _CARD = "README.md"
+_DTYPES = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
 # Key of our own note in the safetensors metadata.
 HEADER = "keras_gemma_ft"
 
 
-def write_peft(folder, adapter, *, notes="", usage=None):
+def write_peft(folder, adapter, *, notes="", usage=None, dtype="float32"):
     """Write a folder that `peft.PeftModel.from_pretrained` reads.
 
     Args:
@@ -34,6 +40,7 @@ def write_peft(folder, adapter, *, notes="", usage=None):
         adapter: `low_rank.Adapter`, either style.
         notes: Markdown put at the end of the model card.
         usage: `usage.Usage` that travels with it.
+        dtype: name of the dtype that A and B are stored in.
 
     Raises:
         UserError: `folder` exists and holds other files.
@@ -46,7 +53,7 @@ def write_peft(folder, adapter, *, notes="", usage=None):
         pair = low_rank.to_peft(adapter.style, target, a, b)
         for letter, value in zip("AB", pair):
             key = f"base_model.model.{module}.lora_{letter}.weight"
-            tensors[key] = np.ascontiguousarray(value, dtype="float32")
+            tensors[key] = np.ascontiguousarray(value, dtype=_DTYPES[dtype])
         ranks[module] = len(pair[0])
     config = peft_config(adapter, ranks)
     card = model_card(adapter, config, notes, usage)

@@ -46,6 +46,15 @@ def read_tensors(folder):
         UserError: a shard, tensor or shape that is missing, unexpected,
             truncated or wrong (all are listed), or a pickle-only folder.
     """
+    backbone, found = find(folder)
+    return _stream(pathlib.Path(folder), found, backbone["head_dim"])
+
+
+def find(folder):
+    """(backbone's sizes, {tensor name: shard that holds it}), all checked.
+
+    Arguments and errors as of `read_tensors`.
+    """
     folder = pathlib.Path(folder)
     backbone = backbone_config(read_json(folder / "config.json"))
     shards, listed = _shards(folder)
@@ -69,7 +78,7 @@ def read_tensors(folder):
             + "\n  ".join(wrong)
             + "\nFetch these files again, or check config.json."
         )
-    return _stream(folder, found, backbone["head_dim"])
+    return backbone, found
 
 
 def _stored(path, shape, head_dim):

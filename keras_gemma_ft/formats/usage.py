@@ -18,6 +18,7 @@ import shlex
 from typing import NamedTuple
 
 from keras_gemma_ft import config
+from keras_gemma_ft.formats import checkpoints
 from keras_gemma_ft.formats.huggingface import read_json
 from keras_gemma_ft.formats.peft_config import CONFIG as PEFT
 
@@ -105,8 +106,8 @@ def find(path):
     """What travels with the adapter (or whole model) at `path`.
 
     Args:
-        path: a run folder, a PEFT folder, a model's folder, or a `.lora.h5`
-            file in a run folder.
+        path: a run folder, a checkpoint in it, a PEFT folder, a model's
+            folder, or a `.lora.h5` file in a run folder.
 
     Returns:
         (the folder it was found in, `Usage`); (None, None) where there is
@@ -116,6 +117,8 @@ def find(path):
         UserError: the file is damaged, or holds values that no setting takes.
     """
     path = pathlib.Path(path)
+    if checkpoints.is_checkpoint(path):
+        return path, _of_run(path)
     folder = path.parent if path.is_file() else path
     places = folder, folder / "adapter"
     for place in places:
@@ -127,6 +130,14 @@ def find(path):
             if name and type(name) is str:
                 return place, Usage({"settings": {"preset": _preset(name)}})
     return None, None
+
+
+def _of_run(path):
+    """`Usage` of a checkpoint: what its run's config.json says."""
+    settings = checkpoints.settings_of(path)
+    told = {name: settings[name] for name in TRAVELS if name in settings}
+    config.check(config.replace(config.Config(), told))
+    return Usage({"settings": told})
 
 
 def _preset(name):

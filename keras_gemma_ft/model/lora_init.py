@@ -21,7 +21,7 @@ from keras import ops
 from safetensors import numpy as safetensors
 
 from keras_gemma_ft import config, runtime
-from keras_gemma_ft.formats import adapters, atomic
+from keras_gemma_ft.formats import adapters, atomic, checkpoints
 from keras_gemma_ft.model import codes, hosts, lora, quantize
 
 # Columns beyond the rank, and products with the matrix and its transpose:
@@ -167,14 +167,7 @@ def _read(path):
     """{(layer, target): (A, B)} of `_write`; {} where there is none."""
     if path is None or not hosts.first() or not pathlib.Path(path).exists():
         return {}
-    arrays = safetensors.load_file(path)
-    weights = {}
-    for name in arrays:
-        layer, target, letter = name.split("/")
-        if letter == "a":
-            pair = arrays[name], arrays[f"{layer}/{target}/b"]
-            weights[int(layer), target] = pair
-    return weights
+    return checkpoints.read_start(safetensors.load_file(path))
 
 
 def _write(path, weights):

@@ -12,6 +12,7 @@ import keras_hub
 
 from keras_gemma_ft import config, embedded
 from keras_gemma_ft.formats import atomic, huggingface
+from keras_gemma_ft.formats.keras_preset import MAP, VOCABULARY, WEIGHTS
 
 _CREDENTIALS = (
     "Gemma's weights are behind a licence. Accept it on the model's page, "
@@ -57,6 +58,51 @@ def resolve(preset):
         f"{config.preset_hint(preset, known)} Known: {', '.join(known)}; or "
         f"a folder, hf://owner/name, kaggle://owner/model/keras/variant."
     )
+
+
+def folder(preset):
+    """The local folder of `preset`, fetched where it is not here.
+
+    KerasHub's names and kaggle:// are fetched file by file, as KerasHub does
+    it, so that both find the same files.
+    """
+    source = resolve(preset)
+    if isinstance(source, pathlib.Path):
+        return source
+    import kagglehub
+
+    known = keras_hub.models.GemmaBackbone.presets.get(source)
+    handle = known["kaggle_handle"] if known else source
+    handle = handle.removeprefix("kaggle://")
+    try:
+        place = pathlib.Path(kagglehub.model_download(handle, "config.json"))
+        kagglehub.model_download(handle, VOCABULARY)
+        _fetch_weights(functools.partial(kagglehub.model_download, handle))
+    except Exception as error:
+        said = cure(source, error)
+        if said is None:
+            raise
+        raise config.UserError(f"--preset={preset}: {said}") from None
+    return place.parent
+
+
+def _fetch_weights(fetch):
+    """Has `fetch` bring a preset's weights: its shards, or its one file."""
+    try:
+        listed = huggingface.read_json(fetch(MAP))["weight_map"]
+    except Exception as error:  # No map: the weights are one file.
+        if is_unreachable(error):
+            raise
+        fetch(WEIGHTS)
+        return
+    files = [[f] if isinstance(f, str) else f for f in listed.values()]
+    for file in sorted({name for some in files for name in some}):
+        fetch(file)
+
+
+def is_unreachable(error):
+    """Whether an error of a download is the network's, not the file's."""
+    return isinstance(error, (ConnectionError, TimeoutError))
 
 
 def is_huggingface(source):

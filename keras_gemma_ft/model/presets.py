@@ -100,17 +100,17 @@ def load(preset, *, dtype="float32", model=config.Model()):
     source = preset_source.resolve(preset)
     backbone, fingerprint = _backbone(source, dtype, model)
     backbone.preset = preset
-    tokenizer = tokens.Tokenizer(_tokenizer_proto(source))
-    if tokenizer.vocabulary_size > backbone.vocabulary_size:
+    words = tokenizer(source)
+    if words.vocabulary_size > backbone.vocabulary_size:
         raise config.UserError(
             f"--preset={preset}: the tokenizer has "
-            f"{tokenizer.vocabulary_size} words, the model only "
+            f"{words.vocabulary_size} words, the model only "
             f"{backbone.vocabulary_size}: they do not belong together."
         )
     causal_lm = keras_hub.models.GemmaCausalLM(
         backbone=backbone, preprocessor=None
     )
-    return Loaded(causal_lm, tokenizer, fingerprint)
+    return Loaded(causal_lm, words, fingerprint)
 
 
 def _backbone(source, dtype, model):
@@ -208,6 +208,11 @@ def progress(iterable, total, what):
     from tqdm import auto
 
     return auto.tqdm(iterable, what, total, leave=False, mininterval=0.5)
+
+
+def tokenizer(source):
+    """The `data.tokens.Tokenizer` of what `preset_source.resolve` gave."""
+    return tokens.Tokenizer(_tokenizer_proto(source))
 
 
 def _tokenizer_proto(source):

@@ -19,7 +19,11 @@ from keras_gemma_ft.runtime.devices import (
     gpus,
     tpu,
 )
-from keras_gemma_ft.runtime.memory import allocator, peak_memory_bytes
+from keras_gemma_ft.runtime.memory import (
+    allocator,
+    available_bytes,
+    peak_memory_bytes,
+)
 from keras_gemma_ft.runtime.output import say
 from keras_gemma_ft.runtime.packages import versions
 from keras_gemma_ft.runtime.process import (
@@ -34,7 +38,7 @@ from keras_gemma_ft.runtime.process import (
 )
 
 __all__ = [
-    "BUG", "DONE", "MISTAKE", "RESUMABLE", "Ended", "Stopped", "allocator",
+    "BUG", "DONE", "MISTAKE", "RESUMABLE", "Ended", "Stopped", "allocator", "available_bytes",
     "choose_backend", "choose_dtype", "cuda", "cuda_capability",
     "cuda_memory", "cuda_name", "gpus", "main", "on_abort", "peak_memory_bytes",
     "say", "start", "tpu", "uses_cuda", "versions",

@@ -39,6 +39,27 @@ def restart(environment):
         os.execv(sys.executable, sys.orig_argv)
 
 
+def available_bytes():
+    """Bytes of memory that a process may still take; None if it is unknown."""
+    try:
+        with open("/proc/meminfo") as file:
+            told = dict(line.split(":", 1) for line in file)
+        free = int(told["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    limit = _cgroup("memory.max"), _cgroup("memory.current")
+    return free if None in limit else min(free, limit[0] - limit[1])
+
+
+def _cgroup(name):
+    """A number of this process's container, or None."""
+    try:
+        with open(f"/sys/fs/cgroup/{name}") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return None
+
+
 def peak_memory_bytes():
     """The process's largest resident set so far, in bytes."""
     import resource

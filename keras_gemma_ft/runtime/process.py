@@ -52,6 +52,7 @@ def main(verb, doc):
     status, result = BUG, None
     with contextlib.redirect_stdout(sys.stderr):
         try:
+            argv = command_line.spelled(argv, name)
             cfg = command_line.from_flags(argv)
             if unread := command_line.unread(argv, name):
                 output.say(unread)

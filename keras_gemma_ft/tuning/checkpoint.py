@@ -7,7 +7,6 @@ there whole or not at all. Where the run is in its data is not saved: the order
 of the rows follows from the seed and the step.
 """
 
-import hashlib
 import json
 import pathlib
 import shutil
@@ -16,6 +15,7 @@ from safetensors import numpy as safetensors
 
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.formats import atomic
+from keras_gemma_ft.formats import checkpoints as stored
 from keras_gemma_ft.model import hosts
 
 
@@ -57,18 +57,9 @@ def save(run_dir, tuner, facts):
         state = {
             **facts,
             "bytes": len(data),
-            "sha256": _digest(facts, data),
+            "sha256": stored.digest(facts, data),
         }
         (partial / "state.json").write_text(json.dumps(state, indent=1))
-
-
-def _digest(facts, data):
-    """sha256 over what state.json says of the run, and the tensors."""
-    own = ("bytes", "sha256")
-    told = {key: value for key, value in facts.items() if key not in own}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-    digest.update(data)
-    return digest.hexdigest()
 
 
 def prune(run_dir, keep):
@@ -89,13 +80,8 @@ def latest(run_dir):
     """(folder, facts) of the newest checkpoint that is whole, or None."""
     for folder in reversed(checkpoints(run_dir)):
         try:
-            facts = json.loads((folder / "state.json").read_text())
-            data = (folder / "state.safetensors").read_bytes()
-            if len(data) != facts["bytes"]:
-                raise ValueError(f"{len(data)} bytes, not {facts['bytes']}")
-            if _digest(facts, data) != facts["sha256"]:
-                raise ValueError("its sha256 differs")
-        except (OSError, ValueError, KeyError) as error:
+            facts, _ = stored.verified(folder)
+        except (OSError, ValueError) as error:
             runtime.say(
                 f"checkpoint {folder.name} is damaged ({error}); "
                 f"looking for an older one"

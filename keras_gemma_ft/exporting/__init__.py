@@ -1,0 +1,1 @@
+"""What is made of a tuned model, so that others can load it."""

@@ -1,0 +1,120 @@
+"""An export: each format written, opened again, described, and put in place."""
+
+import json
+
+from keras_gemma_ft import config, runtime
+from keras_gemma_ft.checking import probes, verification, witnesses
+from keras_gemma_ft.exporting import card, push, sources, writers
+from keras_gemma_ft.formats import atomic, usage
+
+# What lies in every export: what was compared, and the mark that it is ours.
+RECORD = "export.json"
+
+
+def run(cfg):
+    """What `python -m keras_gemma_ft.export` does.
+
+    Args:
+        cfg: `config.Config`.
+
+    Returns:
+        The result: {"exports": [...], "verified": whether by comparison}.
+
+    Raises:
+        UserError: see the message; nothing that did not verify is left.
+    """
+    formats = config.exporting.formats(cfg.export.format)
+    push.check(cfg.export.push_to)
+    source = sources.open(cfg)
+    _refuse(formats, source)
+    folder = sources.target(cfg, source)
+    places = {what: folder / what for what in formats}
+    _check_replaceable(places.values())
+    truth, asked, case = None, None, None
+    if cfg.export.verify:
+        asked = probes.choose(source.cfg, source.tokenizer)
+        case = witnesses.Case(
+            source.base, asked.sequences, source.tokenizer.proto
+        )
+        truth = verification.trained(
+            source.cfg, source.base, source.adapter, asked
+        )
+        runtime.say(f"compared on {asked.origin}: {_losses(truth.told)}")
+    result = {"name": source.name, "base": source.cfg.preset, "exports": []}
+    if truth:
+        result |= verification.record(truth, asked)
+    for what, place in places.items():
+        told = _one(what, place, source, cfg, case, truth, asked)
+        result["exports"].append({"format": what, "path": str(place), **told})
+        runtime.say(f"{what}: {place}")
+    if cfg.export.push_to:
+        result["pushed"] = push.push(cfg.export.push_to, places)
+    return result
+
+
+def _one(what, place, source, cfg, case, truth, asked):
+    """Writes one format, whole and verified, or not at all."""
+    with atomic.replacing(place, _size(what, source, cfg)) as partial:
+        kind = writers.WRITERS[what](source, partial, cfg.export)
+        told = {"stored_as": kind}
+        if truth:
+            told["verification"] = verification.verify(
+                what, partial, kind, case, truth
+            )
+        whole = told | (verification.record(truth, asked) if truth else {})
+        if source.usage and not (partial / usage.FILE).exists():
+            usage.write(partial, source.usage)
+        text = card.card(what, partial, source, whole)
+        (partial / "README.md").write_text(text, "utf-8")
+        text = json.dumps({"format": what, **whole}, indent=1)
+        (partial / RECORD).write_text(text + "\n", "utf-8")
+        told["bytes"] = sum(
+            file.stat().st_size for file in partial.rglob("*") if file.is_file()
+        )
+    return told
+
+
+def _size(what, source, cfg):
+    """About how many bytes a format takes; 0 where that is little."""
+    if not config.FORMATS[what]:
+        return 0
+    width = 4 if "32" in f"{cfg.export.dtype} {cfg.export.quantize}" else 2
+    return witnesses.models.parameters(source.base) * width
+
+
+def _refuse(formats, source):
+    """UserError if a format is of an adapter, and there is none."""
+    small = [what for what in formats if not config.FORMATS[what]]
+    if source.adapter is None and small:
+        whole = [what for what, base in config.FORMATS.items() if base]
+        raise config.UserError(
+            f"--export.format={','.join(small)}: {source.cfg.preset} is a "
+            f"whole model, without an adapter. Whole models become "
+            f"{', '.join(whole)}."
+        )
+
+
+def _check_replaceable(places):
+    """UserError if a folder is there already that no export wrote."""
+    for place in places:
+        if place.exists() and not (place / RECORD).is_file():
+            if place.is_dir() and not any(place.iterdir()):
+                continue
+            raise config.UserError(
+                f"{place} is there already and holds no export of ours; it "
+                f"would be replaced. Name another folder with --to=FOLDER."
+            )
+
+
+def _losses(told):
+    named = {
+        "loss": "loss",
+        "loss_base": "without the adapter",
+        "loss_quantised_base": "over the quantised base",
+        "kl_to_base": "KL to the base",
+    }
+    return ", ".join(
+        f"{words} {told[name]:.4g}"
+        for name, words in named.items()
+        if name in told
+    )

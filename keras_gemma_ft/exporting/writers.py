@@ -1,0 +1,141 @@
+"""Writes one format into a folder, and names who opens it again.
+
+A writer is a function of (`sources.Source`, folder, `config.Export`) that
+writes into the folder and returns how the weights are stored: a dtype, or a
+kind of GGUF.
+"""
+
+import shutil
+
+from keras_gemma_ft import config, runtime
+from keras_gemma_ft.exporting import modelfile
+from keras_gemma_ft.formats import (
+    adapters,
+    gguf_adapter,
+    gguf_model,
+    keras_preset,
+    merged,
+    models,
+)
+
+# Files of a base's folder that say how it is asked, and not what it knows.
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+
+
+def peft(source, folder, settings):
+    """The folder that PEFT and vLLM load."""
+    kind = "float32" if settings.dtype == "auto" else settings.dtype
+    adapters.write_peft(folder, source.adapter, usage=source.usage, dtype=kind)
+    return kind
+
+
+def keras(source, folder, settings):
+    """`adapter.lora.h5` for stock KerasHub."""
+    folder.mkdir()
+    index = adapters.layer_index(source.base.backbone["num_layers"])
+    adapters.write_keras(folder / "adapter.lora.h5", source.adapter, index)
+    return "float32"
+
+
+def merged_hf(source, folder, settings):
+    """A model in Hugging Face's format: transformers, vLLM, SGLang."""
+    folder.mkdir()
+    model, dtype, shards = _merged(source, settings)
+    tokenizer = source.tokenizer
+    merged.write_huggingface(
+        folder,
+        model,
+        dtype=dtype,
+        shards=shards,
+        stops=sorted({tokenizer.eos, tokenizer.end_of_turn}),
+    )
+    template = chat_template(source.cfg.data.template)
+    if (source.folder / "tokenizer_config.json").is_file():
+        for name in _TOKENIZER:
+            if (source.folder / name).is_file():
+                shutil.copyfile(source.folder / name, folder / name)
+        tokenizer_files.write_template(folder, template)
+    else:
+        tokenizer_files.write_tokenizer(
+            folder, tokenizer.proto, chat_template=template
+        )
+    return dtype
+
+
+def merged_keras(source, folder, settings):
+    """A preset folder for stock KerasHub."""
+    model, dtype, shards = _merged(source, settings)
+    if "lm_head/embeddings" in model.paths:
+        raise config.UserError(
+            "merged_keras: this model has a head of its own (lm_head), and "
+            "KerasHub's Gemma has none beside the token table. Export it as "
+            "merged_hf."
+        )
+    keras_preset.write_preset(
+        folder,
+        model,
+        source.tokenizer.proto,
+        dtype=dtype,
+        shards=shards,
+        versions=runtime.versions(),
+    )
+    return dtype
+
+
+def _merged(source, settings):
+    """(reader of the merged model, name of its dtype, its shards)."""
+    model = models.Merged(source.base, source.adapter)
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = models.dtype_of(source.base)
+    limit = config.exporting.size(settings.max_shard_size)
+    return model, dtype, models.split(model, dtype, limit)
+
+
+def adapter_gguf(source, folder, settings):
+    """`adapter.gguf` for llama.cpp."""
+    folder.mkdir()
+    gguf_adapter.write_gguf_adapter(
+        folder / "adapter.gguf",
+        source.adapter,
+        name=source.name,
+        base=source.cfg.preset,
+    )
+    return "float32"
+
+
+def gguf(source, folder, settings):
+    """`model-KIND.gguf`: base and adapter as one file for llama.cpp."""
+    folder.mkdir()
+    kind = settings.quantize
+    gguf_model.write_gguf_model(
+        folder / f"model-{kind.upper()}.gguf",
+        models.Merged(source.base, source.adapter),
+        source.tokenizer.proto,
+        kind=kind,
+        chat_template=chat_template(source.cfg.data.template),
+        name=source.name,
+    )
+    return kind
+
+
+def ollama(source, folder, settings):
+    """A merged GGUF and the `Modelfile` that Ollama makes a model of."""
+    kind = gguf(source, folder, settings)
+    text = modelfile.modelfile(source, f"model-{kind.upper()}.gguf")
+    (folder / "Modelfile").write_text(text, "utf-8")
+    return kind
+
+
+WRITERS = {
+    "peft": peft,
+    "keras": keras,
+    "gguf_adapter": adapter_gguf,
+    "merged_hf": merged_hf,
+    "merged_keras": merged_keras,
+    "gguf": gguf,
+    "ollama": ollama,
+}
