@@ -74,7 +74,7 @@ def render(record, layout, parts):
     texts = [_field(record, layout, name) for name in fields]
     asked = _told_first(texts[:-1], fields[:-1], _known(record, layout))
     weight = layouts.weight(record, layout) if texts[-1].strip() else 0.0
-    before, after = _around(parts)
+    before, after = around(parts)
     ends = [i for i, part in enumerate(after) if part.text in (END, EOS)]
     ends = [i for i in ends if after[i].control]
     if ends:
@@ -103,7 +103,7 @@ def prompt(question, parts, *, system="", described=""):
     Returns:
         List of `Segment`, `<bos>` first.
     """
-    before, _ = _around(parts)
+    before, _ = around(parts)
     known = {"system": system, "tools": described}
     fields = names(before)
     if all(name in _ABOUT for name in fields):
@@ -149,7 +149,7 @@ def _told_first(texts, fields, known):
     return [*texts[:first], told, *texts[first + 1 :]]
 
 
-def _around(parts):
+def around(parts):
     """What stands before the last field, and after it."""
     last = max(i for i, part in enumerate(parts) if isinstance(part, str))
     return parts[:last], parts[last + 1 :]
