@@ -59,14 +59,14 @@ class Adapters:
             name: of an adapter, or the base's.
             say: function that shows a line, if one is wanted.
         """
-        if name == self.now:
-            return
-        began = time.monotonic()
-        self._write(name)
-        self.seconds.append(time.monotonic() - began)
+        took = ""
+        if name != self.now:
+            began = time.monotonic()
+            self._write(name)
+            self.seconds.append(time.monotonic() - began)
+            took = f", switched to in {1000 * self.seconds[-1]:.1f} ms"
         if say:
-            took = 1000 * self.seconds[-1]
-            say(f"adapter: {name}, switched to in {took:.1f} ms")
+            say(f"adapter: {name}{took}")
 
     def milliseconds(self):
         """What a switch took, the median of all; None without any."""
