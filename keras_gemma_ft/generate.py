@@ -3,6 +3,7 @@
 python -m keras_gemma_ft.generate --adapter=runs/default \\
     --generate.prompt='Set a timer for ten minutes'
 python -m keras_gemma_ft.generate --adapter=runs/default     (chat)
+python -m keras_gemma_ft.generate --adapter=runs/a,runs/b    (one base, both)
 """
 
 import json
@@ -13,18 +14,26 @@ from keras_gemma_ft import config, runtime
 
 
 def generate(cfg):
-    """Returns {"completions": [{"prompt", "completion"}, ...]}."""
+    """Returns {"completions": [{"prompt", "completion"}, ...]}.
+
+    Of several adapters each answers: a completion carries "adapter", and
+    "switch_ms" tells what a switch from one to the next takes.
+    """
     prompts = _prompts(cfg.generate)
     backend = runtime.start(cfg)
     # After start: keras reads its backend when it is imported.
     from keras_gemma_ft import workers
-    from keras_gemma_ft.inference import chat
+    from keras_gemma_ft.inference import chat, switching
 
     workers.say_one(cfg, backend)
     session = chat.load(cfg)
     if prompts is None:
-        return {"completions": session.talk(sys.stdin)}
-    return {"completions": session.answer(prompts)}
+        result = {"completions": session.talk(sys.stdin)}
+    else:
+        result = {"completions": session.answer(prompts)}
+    if switching.several(cfg.adapter):
+        result["switch_ms"] = session.several.adapters.milliseconds()
+    return result
 
 
 def _prompts(settings):

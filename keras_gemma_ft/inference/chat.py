@@ -1,22 +1,33 @@
 """Prompts and conversations in Gemma's turns, answered as text."""
 
+import re
 import sys
 
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import templates, tokens, turns
-from keras_gemma_ft.inference import sampling, taught
+from keras_gemma_ft.inference import sampling, switching, taught
 from keras_gemma_ft.model import hosts
 
 
 def load(cfg):
     """A `Session` of `cfg`'s preset, with `cfg.adapter` if it is given.
 
-    What travels with the adapter is used where `cfg` does not say otherwise.
+    What travels with an adapter is used where `cfg` does not say otherwise.
     """
     hosts.start(cfg)
     with hosts.agreed():
+        if switching.several(cfg.adapter):
+            return of_several(switching.load(cfg), cfg)
         cfg, loaded = taught.load(cfg)
     return Session(loaded, cfg)
+
+
+def of_several(loaded, cfg, *, few=False):
+    """A `Session` of `switching.Loaded`; `few` as of `sampling.Generator`."""
+    first, *_ = loaded.ways
+    session = Session(loaded.model, cfg, several=loaded, few=few)
+    session.use(first)
+    return session
 
 
 class Session:
@@ -26,16 +37,37 @@ class Session:
         loaded: `presets.Loaded`.
         cfg: `config.Config`; its generate section, data.template,
             data.system and data.roles count.
+        several: `switching.Loaded`, where adapters take turns.
+        few: as of `sampling.Generator`.
     """
 
-    def __init__(self, loaded, cfg):
+    def __init__(self, loaded, cfg, *, several=None, few=False):
         self.tokenizer, self.settings = loaded.tokenizer, cfg.generate
+        self.several = several
+        self._speak(cfg)
+        self.generator = sampling.Generator(
+            loaded.causal_lm,
+            loaded.tokenizer,
+            cfg.generate,
+            seed=cfg.seed,
+            few=few,
+        )
+
+    def _speak(self, cfg):
+        """Prompts are written as `cfg` has it from now on."""
         self.template = templates.load(cfg.data.template)
         self.system = cfg.data.system
         self.roles = turns.speakers(cfg.data.roles)
-        self.generator = sampling.Generator(
-            loaded.causal_lm, loaded.tokenizer, cfg.generate, seed=cfg.seed
-        )
+
+    def use(self, name, say=None):
+        """Answers as this adapter does, asked as it was taught.
+
+        Args:
+            name: of `several.ways`, so the base's too.
+            say: as of `switching.Adapters.use`.
+        """
+        self._speak(self.several.ways[name])
+        self.several.adapters.use(name, say)
 
     def _ids(self, question):
         """Token ids of a prompt: a str, messages, or those with tools."""
@@ -54,7 +86,22 @@ class Session:
         return tokens.encode([segments], self.tokenizer)[0].token_ids
 
     def answer(self, prompts):
-        """[{"prompt", "completion"}] of prompts; a single one is streamed."""
+        """[{"prompt", "completion"}] of prompts; a single one is streamed.
+
+        Of several adapters each answers all of them, and "adapter" tells
+        which.
+        """
+        if self.several is None:
+            return self._answers(prompts)
+        found = []
+        for name in self.several.adapters.names:
+            self.use(name, runtime.say)
+            found += [
+                {**said, "adapter": name} for said in self._answers(prompts)
+            ]
+        return found
+
+    def _answers(self, prompts):
         shown = len(prompts) == 1 and hosts.first()
         stream = _Stream(self.tokenizer) if shown else None
         outputs = self.generator.complete(
@@ -79,12 +126,17 @@ class Session:
                 "--generate.prompt=... or --generate.prompt_file=FILE."
             )
         runtime.say("chat: type a message; an empty line or Ctrl-D ends it")
+        if self.several:
+            self._command("")
         messages, said = [], []
         while True:
             print("> ", end="", file=sys.stderr, flush=True)
             text = lines.readline().strip()
             if not text:
                 return said
+            if self.several and re.match(r"/adapter\b", text):
+                self._command(text.removeprefix("/adapter").strip())
+                continue
             messages.append({"role": "user", "content": text})
             question = text if self.settings.raw else messages
             stream = _Stream(self.tokenizer)
@@ -95,6 +147,17 @@ class Session:
             answer = self.tokenizer.decode(ids)
             messages.append({"role": "model", "content": answer})
             said.append({"prompt": text, "completion": answer})
+            if self.several:
+                said[-1]["adapter"] = self.several.adapters.now
+
+    def _command(self, name):
+        """`/adapter NAME` of a chat: who goes on with the conversation."""
+        if name in self.several.ways:
+            return self.use(name, runtime.say)
+        runtime.say(
+            f"adapter: {self.several.adapters.now} answers; /adapter NAME "
+            f"asks another of {', '.join(self.several.ways)}"
+        )
 
 
 class _Stream:

@@ -22,9 +22,13 @@ class Judge:
         held_out: `data.prepared.Prepared` to score on, or None.
         rows: the training rows, whose prompts are answered if held_out is
             None.
+        generator: the greedy `sampling.Generator` of another judge of this
+            model, whose programs are used again.
     """
 
-    def __init__(self, cfg, tuner, tokenizer, held_out, rows=None):
+    def __init__(
+        self, cfg, tuner, tokenizer, held_out, rows=None, generator=None
+    ):
         self.tuner, self.tokenizer, self.held_out = tuner, tokenizer, held_out
         self.rows, _ = pipeline.micro_batches(
             cfg.data.batch_size, cfg.data.micro_batch_size
@@ -40,7 +44,7 @@ class Judge:
         longest = self._longest(self.prompts)
         self.limit = min(cfg.generate.max_new_tokens, longest + 8)
         # Greedy, whatever the command asks of its own completions.
-        self.generator = sampling.Generator(
+        self.generator = generator or sampling.Generator(
             tuner.causal_lm, tokenizer, config.Generate()
         )
 
