@@ -19,9 +19,6 @@ from keras_gemma_ft import runtime
 from keras_gemma_ft.checking import reference
 from keras_gemma_ft.formats import (
     adapters,
-    gguf_adapter,
-    gguf_model,
-    gguf_read,
     huggingface,
     models,
     names,

@@ -1,12 +1,20 @@
 """What is to be exported: a base, an adapter, and what travels with them."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any, NamedTuple
 
 from keras_gemma_ft import config, runtime
-from keras_gemma_ft.formats import adapters, checkpoints, models, usage
+from keras_gemma_ft.formats import (
+    adapters,
+    checkpoints,
+    combine,
+    models,
+    usage,
+)
 from keras_gemma_ft.formats.huggingface import read_json
+from keras_gemma_ft.inference import switching
 from keras_gemma_ft.model import preset_source, presets
 
 
@@ -69,13 +77,21 @@ def open(cfg):
     Raises:
         UserError: the base or the adapter is not what it should be.
     """
-    cfg = usage.settle(find(cfg), runtime.say, records=True)
+    cfg = find(cfg)
+    parts = switching.paths(cfg.adapter)
+    weights = _weights(cfg, parts)
+    # How several that are merged are to be asked, the first of them says.
+    first = dataclasses.replace(cfg, adapter=parts[0] if parts else "")
+    cfg = usage.settle(first, runtime.say, records=True)
     origin = cfg.adapter or cfg.preset
     folder = preset_source.folder(cfg.preset)
     base = read(cfg.preset, folder)
     adapter = None
-    if cfg.adapter:
-        adapter = adapters.read(cfg.adapter, base.backbone, base=cfg.preset)
+    if parts:
+        read_one = functools.partial(
+            adapters.read, backbone=base.backbone, base=cfg.preset
+        )
+        adapter = _combined(cfg, [read_one(path) for path in parts], weights)
     _, travels = usage.find(origin)
     return Source(
         cfg,
@@ -87,6 +103,48 @@ def open(cfg):
         _name(origin),
         _facts(origin),
     )
+
+
+def _weights(cfg, parts):
+    """The weight of each adapter in their sum; none of a single one.
+
+    Raises:
+        UserError: there are not as many weights as adapters.
+    """
+    weights = config.exporting.weights(cfg.export.weights)
+    if len(parts) > 1 and not weights:
+        raise config.UserError(
+            f"--adapter names {len(parts)} adapters, and an export is of one. "
+            f"Merge them by a weighted sum: --weights="
+            f"{','.join([str(round(1 / len(parts), 3))] * len(parts))}, or "
+            f"export each by itself."
+        )
+    if weights and len(weights) != len(parts):
+        raise config.UserError(
+            f"--export.weights={cfg.export.weights} are {len(weights)} numbers "
+            f"for {len(parts)} adapters; expected one for each."
+        )
+    return weights
+
+
+def _combined(cfg, held, weights):
+    """The adapters' weighted sum, cut to `--export.rank`, if that is asked."""
+    [adapter, *_] = held
+    if weights:
+        adapter = combine.weighted_sum(list(zip(held, weights)))
+        runtime.say(
+            f"{len(held)} adapters added up, weights {cfg.export.weights}: "
+            f"rank {adapter.rank}, exact"
+        )
+    if cfg.export.rank:
+        before = adapter.rank
+        adapter, lost = combine.truncated(adapter, cfg.export.rank)
+        runtime.say(
+            f"cut from rank {before} to {adapter.rank}: {lost.whole:.2%} of "
+            f"the adapter's change is lost, {lost.worst:.2%} in "
+            f"the worst layer, {lost.layer}"
+        )
+    return adapter
 
 
 def read(preset, folder):

@@ -5,24 +5,16 @@ writes into the folder and returns how the weights are stored: a dtype, or a
 kind of GGUF.
 """
 
-import shutil
-
 from keras_gemma_ft import config, runtime
+from keras_gemma_ft.data import chat_template
 from keras_gemma_ft.exporting import modelfile
 from keras_gemma_ft.formats import (
     adapters,
-    gguf_adapter,
-    gguf_model,
     keras_preset,
     merged,
     models,
+    tokenizer_files,
 )
-
-# Files of a base's folder that say how it is asked, and not what it knows.
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json",
-)  # fmt: skip
 
 
 def peft(source, folder, settings):
@@ -52,16 +44,9 @@ def merged_hf(source, folder, settings):
         shards=shards,
         stops=sorted({tokenizer.eos, tokenizer.end_of_turn}),
     )
-    template = chat_template(source.cfg.data.template)
-    if (source.folder / "tokenizer_config.json").is_file():
-        for name in _TOKENIZER:
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, folder / name)
-        tokenizer_files.write_template(folder, template)
-    else:
-        tokenizer_files.write_tokenizer(
-            folder, tokenizer.proto, chat_template=template
-        )
+    tokenizer_files.write_tokenizer(
+        folder, tokenizer.proto, chat_template=_template(source)
+    )
     return dtype
 
 
@@ -83,6 +68,12 @@ def merged_keras(source, folder, settings):
         versions=runtime.versions(),
     )
     return dtype
+
+
+def _template(source):
+    """The chat template that asks as the model was taught."""
+    data = source.cfg.data
+    return chat_template.of(data.template, system=data.system)
 
 
 def _merged(source, settings):
@@ -116,7 +107,7 @@ def gguf(source, folder, settings):
         models.Merged(source.base, source.adapter),
         source.tokenizer.proto,
         kind=kind,
-        chat_template=chat_template(source.cfg.data.template),
+        chat_template=_template(source),
         name=source.name,
     )
     return kind

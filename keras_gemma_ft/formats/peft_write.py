@@ -88,9 +88,11 @@ def _serialize(tensors, adapter):
     }
     # In PEFT's matrices heads cannot be told apart. They are the first axis
     # of a Keras A, the second of a standard B.
+    pairs = {target: pair for (_, target), pair in adapter.weights.items()}
     fields["heads"] = {
         target: len(a) if a.ndim == 3 else b.shape[1]
-        for (_, target), (a, b) in adapter.weights.items()
+        for target in low_rank.ordered(pairs)
+        for a, b in [pairs[target]]
         if a.ndim == 3 or b.ndim == 3
     }
     data = safetensors.numpy.save(
