@@ -19,6 +19,8 @@ from keras_gemma_ft import runtime
 from keras_gemma_ft.checking import reference
 from keras_gemma_ft.formats import (
     adapters,
+    gguf_adapter,
+    gguf_model,
     huggingface,
     models,
     names,
@@ -37,12 +39,12 @@ class Case(NamedTuple):
     Attributes:
         base: reader of the base model; see `formats/models.py`.
         sequences: lists of token ids.
-        proto: bytes of the SentencePiece model.
+        tokenizer: `data.tokens.Tokenizer`.
     """
 
     base: object
     sequences: list
-    proto: bytes = b""
+    tokenizer: object = None
 
 
 def fits(model, bytes_each=4, copies=1.3):
@@ -206,7 +208,7 @@ def _as_preset(case, folder):
     presets.write_preset(
         folder,
         case.base,
-        case.proto,
+        case.tokenizer.proto,
         dtype="float32",
         shards=models.split(case.base, "float32", 2**62),
         versions=runtime.versions(),
@@ -223,7 +225,9 @@ def llama_adapter(folder, case):
     """A GGUF adapter, opened by llama.cpp over the base as a GGUF."""
     with tempfile.TemporaryDirectory() as place:
         base = pathlib.Path(place) / "base.gguf"
-        gguf_model.write_gguf_model(base, case.base, case.proto, kind="f32")
+        gguf_model.write_gguf_model(
+            base, case.base, case.tokenizer.control_proto, kind="f32"
+        )
         return _llama(
             base, case.sequences, lora_path=str(_file(folder, ".gguf"))
         )
@@ -265,7 +269,7 @@ def _gguf_adapter(folder, case):
 
 
 def _gguf_model(folder, case):
-    return gguf_read.GgufModel(_file(folder, ".gguf"))
+    return gguf_model.GgufModel(_file(folder, ".gguf"))
 
 
 # Our own readers: function of (folder, case) -> reader of what was written.

@@ -50,8 +50,10 @@ class Tokenizer:
                 piece.type = model.SentencePiece.CONTROL
         self.proto = proto
         self.fingerprint = hashlib.sha256(proto).hexdigest()
+        # The copy: what llama.cpp must know, too.
+        self.control_proto = model.SerializeToString()
         self._model = sentencepiece.SentencePieceProcessor(
-            model_proto=model.SerializeToString()
+            model_proto=self.control_proto
         )
         self.vocabulary_size = self._model.get_piece_size()
         # Other vocabularies call these <s> and </s>; the model knows which.

@@ -33,9 +33,7 @@ def run(cfg):
     truth, asked, case = None, None, None
     if cfg.export.verify:
         asked = probes.choose(source.cfg, source.tokenizer)
-        case = witnesses.Case(
-            source.base, asked.sequences, source.tokenizer.proto
-        )
+        case = witnesses.Case(source.base, asked.sequences, source.tokenizer)
         truth = verification.trained(
             source.cfg, source.base, source.adapter, asked
         )

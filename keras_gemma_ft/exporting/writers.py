@@ -10,6 +10,8 @@ from keras_gemma_ft.data import chat_template
 from keras_gemma_ft.exporting import modelfile
 from keras_gemma_ft.formats import (
     adapters,
+    gguf_adapter,
+    gguf_model,
     keras_preset,
     merged,
     models,
@@ -105,9 +107,9 @@ def gguf(source, folder, settings):
     gguf_model.write_gguf_model(
         folder / f"model-{kind.upper()}.gguf",
         models.Merged(source.base, source.adapter),
-        source.tokenizer.proto,
+        source.tokenizer.control_proto,
         kind=kind,
-        chat_template=_template(source),
+        template=_template(source),
         name=source.name,
     )
     return kind
