@@ -225,17 +225,28 @@ def llama_adapter(folder, case):
     """A GGUF adapter, opened by llama.cpp over the base as a GGUF."""
     with tempfile.TemporaryDirectory() as place:
         base = pathlib.Path(place) / "base.gguf"
+        # 2B in float32 would take 10 GB of the disk.
+        kind = "f32" if models.parameters(case.base) < 5e8 else "f16"
         gguf_model.write_gguf_model(
-            base, case.base, case.tokenizer.control_proto, kind="f32"
+            base, case.base, case.tokenizer.control_proto, kind=kind
         )
         return _llama(
             base, case.sequences, lora_path=str(_file(folder, ".gguf"))
         )
 
 
+# C keeps the address of this function only.
+_SILENT = []
+
+
 def _llama(path, sequences, **options):
+    import ctypes
+
     import llama_cpp
 
+    if not _SILENT:  # It would tell programmers of its caches.
+        _SILENT.append(llama_cpp.llama_log_callback(lambda *told: None))
+        llama_cpp.llama_log_set(_SILENT[0], ctypes.c_void_p(0))
     model = llama_cpp.Llama(
         str(path),
         n_ctx=max(64, *map(len, sequences)),
