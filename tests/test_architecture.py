@@ -28,6 +28,7 @@ BELOW = {
     "model": {"config", "runtime", "workers", "embedded", "data", "formats"},
 }
 BELOW["inference"] = BELOW["model"] | {"model"}
+BELOW["serving"] = BELOW["inference"] | {"inference"}
 BELOW["tuning"] = BELOW["inference"] | {"inference"}
 BELOW["planning"] = BELOW["tuning"] | {"tuning"}
 FRAMEWORKS = {"keras", "keras_hub", "jax", "torch", "tensorflow"}
@@ -35,7 +36,8 @@ FRAMEWORKS = {"keras", "keras_hub", "jax", "torch", "tensorflow"}
 LATE = FRAMEWORKS | {
     "datasets", "google", "gguf", "grain", "huggingface_hub", "jinja2",
     "matplotlib", "mlflow", "pyarrow", "resource", "sentencepiece",
-    "subprocess", "tensorboardX", "tokamax", "tqdm", "wandb",
+    "starlette", "subprocess", "tensorboardX", "tokamax", "tqdm", "uvicorn",
+    "wandb",
 }  # fmt: skip
 
 
