@@ -30,15 +30,16 @@ BELOW = {
 BELOW["inference"] = BELOW["model"] | {"model"}
 BELOW["checking"] = BELOW["inference"] | {"inference"}
 BELOW["exporting"] = BELOW["checking"] | {"checking"}
+BELOW["serving"] = BELOW["inference"] | {"inference"}
 BELOW["tuning"] = BELOW["inference"] | {"inference"}
 BELOW["planning"] = BELOW["tuning"] | {"tuning"}
 FRAMEWORKS = {"keras", "keras_hub", "jax", "torch", "tensorflow"}
 # Heavy, or there on some machines only: imported where they are needed.
 LATE = FRAMEWORKS | {
     "datasets", "google", "gguf", "grain", "huggingface_hub", "jinja2",
-    "kagglehub", "llama_cpp", "matplotlib", "mlflow", "peft", "pyarrow", "resource", "sentencepiece",
-    "subprocess", "tensorboardX", "tokamax", "tokenizers", "tqdm",
-    "transformers", "wandb",
+    "kagglehub", "llama_cpp", "matplotlib", "mlflow", "peft", "pyarrow",
+    "resource", "sentencepiece", "starlette", "subprocess", "tensorboardX",
+    "tokamax", "tokenizers", "tqdm", "transformers", "uvicorn", "wandb",
 }  # fmt: skip
 
 
@@ -152,8 +153,8 @@ def test_only_verbs_defer_imports_of_our_own():
 
 def test_modules_say_what_they_are_and_do_nothing_on_import():
     passive = (
-        ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign,
-        ast.AnnAssign,
+        ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef,
+        ast.ClassDef, ast.Assign, ast.AnnAssign,
     )  # fmt: skip
     wrong = []
     for name, tree in TREES.items():

@@ -315,8 +315,8 @@ def test_conversations_and_tools_are_asked_as_they_are_learned(
     file.write_text("\n".join(map(json.dumps, rows)))
     values = {"generate.prompt_file": str(file)}
     generate.generate(config.replace(cfg, values))
-    plain, offered = (session._ids(question).tolist() for question in asked)
-    assert plain == session._ids("Hi").tolist()
+    plain, offered = (session.ids(question).tolist() for question in asked)
+    assert plain == session.ids("Hi").tolist()
     layout = layouts.recognise([{**rows[0], "tools": tools}])
     record = {"messages": [*turns, {"role": "model", "content": "x"}]}
     segments = templates.render({**record, "tools": tools}, layout)

@@ -269,7 +269,7 @@ def test_the_child_is_asked_in_its_template(family):
     old, new, _ = family
     cfg = command_line.from_flags([f"--adapter={new / 'adapter.lora.h5'}"])
     session = chat.load(cfg)
-    asked = session.tokenizer.decode(session._ids("Lights off"))
+    asked = session.tokenizer.decode(session.ids("Lights off"))
     assert asked == "ask: Lights off\nsay: "
     # Over the base as it was: its kernels in nf4.
     assert session.generator.backbone.quantize_mode == "nf4"

@@ -19,7 +19,7 @@ PROMPTS = ["Set a timer for ten minutes", "Lights off, and the radio too"]
 WAY = {"data.system": "Answer in verse.", "data.sequence_length": 96}
 
 
-def adapter(kernels, style, rank, alpha, targets, seed, rslora=False):
+def adapter(kernels, style, rank, alpha, targets, seed, rslora=False, layers=2):
     rng = np.random.default_rng(seed)
     weights = {
         (layer, target): tuple(
@@ -28,7 +28,7 @@ def adapter(kernels, style, rank, alpha, targets, seed, rslora=False):
                 style, target, kernels[target], rank
             )
         )
-        for layer in range(2)
+        for layer in range(layers)
         for target in targets
     }
     return adapters.Adapter(
@@ -133,7 +133,7 @@ def logits(session, ids):
 
 
 def test_a_turn_changes_the_numbers_and_compiles_nothing(session, cfg, held):
-    ids = session._ids(PROMPTS[0])
+    ids = session.ids(PROMPTS[0])
     turns = session.several.adapters
     assert turns.names == list(held) and turns.base == "preset"
     compiled = []

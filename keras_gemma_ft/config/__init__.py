@@ -20,6 +20,7 @@ from keras_gemma_ft.config.fields import (
     walk,
 )
 from keras_gemma_ft.config.machine import Hosts, Model
+from keras_gemma_ft.config.serving import Serve
 from keras_gemma_ft.config.settings import (
     BACKENDS,
     EMBEDDED_PRESET,

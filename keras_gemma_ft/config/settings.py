@@ -14,6 +14,7 @@ from keras_gemma_ft.config.fields import (
     understood,
 )
 from keras_gemma_ft.config.machine import Hosts, Model
+from keras_gemma_ft.config.serving import Serve
 from keras_gemma_ft.config.tuning import Lora, Train
 from keras_gemma_ft.config.words import mesh, preset
 
@@ -64,7 +65,8 @@ class Config:
     adapter: str = setting(
         "",
         "adapter to load, or for train to go on from: a run folder, a PEFT "
-        "folder or a .lora.h5 file",
+        "folder or a .lora.h5 file; generate, evaluate and serve take several "
+        "of one base: a,b",
     )
     data: Data = dataclasses.field(default_factory=Data)
     lora: Lora = dataclasses.field(default_factory=Lora)
@@ -73,6 +75,7 @@ class Config:
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
     generate: Generate = dataclasses.field(default_factory=Generate)
     export: Export = dataclasses.field(default_factory=Export)
+    serve: Serve = dataclasses.field(default_factory=Serve)
     # No setting: the paths that the user has set, where it is known; `typed`.
     given: frozenset | None = dataclasses.field(
         default=None, compare=False, repr=False

@@ -69,9 +69,18 @@ class Session:
         self._speak(self.several.ways[name])
         self.several.adapters.use(name, say)
 
-    def _ids(self, question):
-        """Token ids of a prompt: a str, messages, or those with tools."""
-        if self.settings.raw and isinstance(question, str):
+    def ids(self, question, *, raw=False):
+        """Token ids of a prompt.
+
+        Args:
+            question: a str, messages, or a dict of messages and tools.
+            raw: whether a str is completed as it is, without turns; so it is
+                with `generate.raw`, too.
+
+        Raises:
+            config.UserError: as of `templates.prompt`.
+        """
+        if (raw or self.settings.raw) and isinstance(question, str):
             return [self.tokenizer.bos, *self.tokenizer.encode(question)]
         tools = None
         if isinstance(question, dict):
@@ -105,7 +114,7 @@ class Session:
         shown = len(prompts) == 1 and hosts.first()
         stream = _Stream(self.tokenizer) if shown else None
         outputs = self.generator.complete(
-            [self._ids(p) for p in prompts], on_token=stream
+            [self.ids(p) for p in prompts], on_token=stream
         )
         if stream:
             stream.end()
@@ -141,7 +150,7 @@ class Session:
             question = text if self.settings.raw else messages
             stream = _Stream(self.tokenizer)
             ids = self.generator.complete(
-                [self._ids(question)], on_token=stream
+                [self.ids(question)], on_token=stream
             )[0]
             stream.end()
             answer = self.tokenizer.decode(ids)

@@ -152,6 +152,8 @@ class Generator:
         """(columns of the prompts, slots of the cache) for these lengths."""
         if self.few:
             width = _doubled(longest)
+            # A short limit takes the program of the settings' own.
+            limit = max(limit, self.settings.max_new_tokens)
             return width, _doubled(width + limit)
         width = _round_up(longest)
         return width, width + _round_up(limit)
