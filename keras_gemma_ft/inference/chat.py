@@ -30,7 +30,7 @@ class Session:
 
     def __init__(self, loaded, cfg):
         self.tokenizer, self.settings = loaded.tokenizer, cfg.generate
-        self.template = templates.load(cfg.data.template)
+        self.template = templates.load(cfg.data.template, loaded.tokenizer)
         self.system = cfg.data.system
         self.roles = turns.speakers(cfg.data.roles)
         self.generator = sampling.Generator(

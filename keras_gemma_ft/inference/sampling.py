@@ -58,7 +58,7 @@ class Generator:
         self.backbone = causal_lm.backbone
         self.tokenizer = tokenizer
         self.settings = settings
-        self.stops = {tokenizer.eos, tokenizer.end_of_turn}
+        self.stops = tokenizer.stops
         self.sampler = _sampler(settings, seed)
         self._advance = compiled(self.backbone, self._next_logits)
 
