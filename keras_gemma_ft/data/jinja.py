@@ -64,16 +64,21 @@ def load(path, tokenizer=None):
     # Only this kind of template needs jinja2.
     import jinja2
 
-    environment = _environment()
-    if tokenizer:
-        environment.extend(control=tokenizer.control)
-        environment.globals.update(tokenizer.named)
     try:
-        return environment.from_string(read(path))
+        return compiled(read(path), tokenizer)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
             f"data.template={path}, line {error.lineno}: {error.message}"
         ) from error
+
+
+def compiled(text, tokenizer=None):
+    """A template's text, compiled; jinja2.TemplateSyntaxError if broken."""
+    environment = _environment()
+    if tokenizer:
+        environment.extend(control=tokenizer.control)
+        environment.globals.update(tokenizer.named)
+    return environment.from_string(text)
 
 
 def _environment():
@@ -122,6 +127,21 @@ def _now(form):
 
 def _to_json(value, ensure_ascii=False, **options):
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def text(found, source, *, ask):
+    """What the template writes for turns, as transformers renders it.
+
+    Args:
+        found: list of `turns.Turn`.
+        source: what `load` returned.
+        ask: whether the prompt of an answer follows.
+
+    Raises:
+        BadRecord, UserError: see `render`.
+    """
+    guard = _Guard(found, source)
+    return guard.render(found, ask=ask).replace(guard.mark, "")
 
 
 def prompt(found, source):

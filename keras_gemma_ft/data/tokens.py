@@ -56,13 +56,18 @@ class Tokenizer:
             if CONTROL.fullmatch(piece.piece):
                 piece.type = model.SentencePiece.CONTROL
         self.proto = proto
-        self.named = {"bos_token": BOS, "eos_token": EOS, **(named or {})}
+        own = {"bos_token": BOS, "eos_token": EOS}
+        self.named = {**own, **(named or {})}
         self.control = pattern(
             piece.piece
             for piece in model.pieces
             if piece.type == model.SentencePiece.CONTROL
         )
-        self.fingerprint = hashlib.sha256(proto).hexdigest()
+        digest = hashlib.sha256(proto)
+        # A template's text depends on them, and prepared rows on its text.
+        if any(self.named[name] != own[name] for name in own):
+            digest.update(repr(sorted(self.named.items())).encode())
+        self.fingerprint = digest.hexdigest()
         self._model = sentencepiece.SentencePieceProcessor(
             model_proto=model.SerializeToString()
         )

@@ -71,20 +71,19 @@ def read(folder, *, template=""):
         said = [*_agree(model, files._replace(whole=None), added)]
     else:
         raise _none(folder)
-    before = model.SerializeToString()
-    _put(model, added)
+    changed = _put(model, added)
     ids = {piece.piece: id for id, piece in enumerate(model.pieces)}
     stops, more = _stops(files, ids)
     said += [*more, *_unknown(files, ids)]
-    for id in added:
+    for id in changed:
         piece = model.pieces[id]
         # A new line may end an answer, and is text all the same.
         if piece.type == USER_DEFINED and _MARK.fullmatch(piece.piece):
             if id in stops or piece.piece in template:
                 piece.type = CONTROL
-    proto = model.SerializeToString()
-    if files.proto is not None and proto == before:
-        proto = files.proto
+    proto = files.proto
+    if proto is None or changed:
+        proto = model.SerializeToString()
     return Vocabulary(proto, stops, files.named(), tuple(said))
 
 
@@ -149,12 +148,15 @@ def _agree(model, files, added):
 def _put(model, added):
     """Gives a `ModelProto` its added tokens, at their ids.
 
+    Returns:
+        List of the ids that it did not have so.
+
     Raises:
         UserError: one has the name of another piece, or takes white space
             from the text beside it, which no SentencePiece model does.
     """
     ids = {piece.piece: id for id, piece in enumerate(model.pieces)}
-    wrong = []
+    wrong, changed = [], []
     for id, (text, special, file) in added.items():
         kind = CONTROL if special else USER_DEFINED
         text = text if special else text.replace(" ", SPACE)
@@ -167,11 +169,13 @@ def _put(model, added):
             model.pieces.add(piece=name, score=0.0, type=UNUSED)
         piece = model.pieces[id]
         if piece.piece != text or piece.type in (NORMAL, UNUSED):
-            piece.piece, piece.type = text, kind
+            piece.piece, piece.type, piece.score = text, kind, 0.0
             ids[text] = id
+            changed.append(id)
     if wrong:
         raise UserError(complaint("Two tokens have one name", wrong))
     model.trainer_spec.vocab_size = len(model.pieces)
+    return changed
 
 
 def _stops(files, ids):
