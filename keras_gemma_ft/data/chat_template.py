@@ -6,11 +6,12 @@ is that token; only this package keeps the two apart.
 """
 
 import json
-import pathlib
 import re
 
-from keras_gemma_ft.data import format_strings, templates
-from keras_gemma_ft.data.segments import END, EOS, START
+from keras_gemma_ft.data import format_strings, jinja, templates
+from keras_gemma_ft.data.segments import BOS, END, EOS, START
+from keras_gemma_ft.data.turns import Turn
+from keras_gemma_ft.data.values import BadRecord
 
 # Gemma's turns as `templates` writes them. Google's own refuses a system's
 # text; here it is put before the user's that follows, with a blank line.
@@ -103,10 +104,55 @@ def of(spec, *, system=""):
     elif template.kind == "fields":
         source = _of_fields(template.source)
     else:
-        source = pathlib.Path(spec).read_text("utf-8")
+        source = jinja.read(spec)
     return (
         _SYSTEM % json.dumps(system, ensure_ascii=False) if system else ""
     ) + source
+
+
+def like_gemmas(path, tokenizer=None):
+    """Whether the template in a file writes conversations as Gemma's turns.
+
+    Google's own does: that it refuses a system's text is no difference, and
+    neither is white space at the end.
+
+    Args:
+        path: see `jinja.read`.
+        tokenizer: `tokens.Tokenizer` of the model.
+
+    Raises:
+        UserError: it is broken, or cannot be followed.
+    """
+    theirs = jinja.load(path, tokenizer)
+    ours = jinja.compiled(GEMMA, tokenizer)
+    for found, ask in _probes():
+        want = jinja.text(found, ours, ask=ask)
+        try:
+            text = jinja.text(found, theirs, ask=ask)
+        except BadRecord:
+            if any(turn.role == "system" for turn in found):
+                continue
+            return False
+        texts = [t.removeprefix(BOS).rstrip() for t in (want, text)]
+        if texts[0] != texts[1]:
+            return False
+    return True
+
+
+def _probes():
+    """Conversations that tell templates apart, and whether to ask."""
+    told = [Turn("system", "Be brief.")]
+    asked = [Turn("user", " Two plus two?\n")]
+    answered = [*asked, Turn("model", "Four. \n")]
+    again = [*answered, Turn("user", "And two?")]
+    return [
+        (asked, True),
+        (answered, False),
+        (again, True),
+        ([*again, Turn("model", "Six.")], False),
+        (told + asked, True),
+        (told + answered, False),
+    ]
 
 
 def _of_fields(parts):

@@ -11,7 +11,6 @@ import numpy as np
 from keras_gemma_ft.config import UserError
 from keras_gemma_ft.data import layouts, sources, templates, tokens
 from keras_gemma_ft.data.prepared import Prompt
-from keras_gemma_ft.data.segments import CONTROL
 from keras_gemma_ft.data.values import BadRecord, NeedsChoice
 
 # Records rendered and tokenised at once: enough to keep every core busy.
@@ -55,7 +54,7 @@ def build(found, data, tokenizer, split, seed):
     """
     everything, source, numbers = _read(found, data, split, seed)
     layout = _layout(everything, data, source)
-    template = templates.load(data.template)
+    template = templates.load(data.template, tokenizer)
     _stop_if_passed_over(everything, numbers, layout, template, source)
     counts, bad = tokens.Report(), list(source.bad)
     built = Built([], [], [], {"split": split, "format": str(layout)})
@@ -66,7 +65,7 @@ def build(found, data, tokenizer, split, seed):
     whole = layout.format == "text" and layout.learn == "all"
     longest = 0
     for number, segments, example in _encode(rendered, tokenizer, len(numbers)):
-        _count(segments, counts)
+        _count(segments, counts, tokenizer.control)
         kept = tokens.cut(example, data.sequence_length, counts, windows=whole)
         longest = max(longest, len(example.token_ids))
         built.examples.extend(kept)
@@ -185,10 +184,10 @@ def _stop_if_passed_over(records, numbers, layout, template, source):
     )
 
 
-def _count(segments, counts):
+def _count(segments, counts, control):
     """Adds what one record's segments tell to a `tokens.Report`."""
     counts.typed += any(
-        CONTROL.search(segment.text)
+        control.search(segment.text)
         for segment in segments
         if not segment.control
     )

@@ -9,7 +9,14 @@ import string
 
 from keras_gemma_ft.config import UserError
 from keras_gemma_ft.data import conversations, layouts, tools, values
-from keras_gemma_ft.data.segments import BOS, END, EOS, Segment, split
+from keras_gemma_ft.data.segments import (
+    BOS,
+    CONTROL,
+    END,
+    EOS,
+    Segment,
+    split,
+)
 from keras_gemma_ft.data.values import BadRecord
 
 # What a template may call the answer that is to be learned.
@@ -18,10 +25,11 @@ _ALSO = {"chosen": ("response", "output", "answer", "completion")}
 _ABOUT = {n: part for part, known in layouts.ABOUT_ALL.items() for n in known}
 
 
-def load(spec):
+def load(spec, control=CONTROL):
     """A format string -> list of `Segment` and of field names in braces.
 
-    In it, backslash-n means a new line (shells pass it so).
+    In it, backslash-n means a new line (shells pass it so). What `control`
+    finds in it is a control token.
 
     Raises:
         UserError: it is broken, names no field, or has a `<bos>` inside.
@@ -33,7 +41,7 @@ def load(spec):
         raise UserError(f"data.template={spec!r}: {error}.") from error
     parts = []
     for literal, field, form, conversion in parsed:
-        parts += split(literal)
+        parts += split(literal, control=control)
         if field is None:
             continue
         # "{a.b}" and "{a!r}" would reach into Python's objects.

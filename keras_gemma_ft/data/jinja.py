@@ -15,20 +15,70 @@ from keras_gemma_ft.data.segments import BOS, CONTROL, EOS, Segment
 from keras_gemma_ft.data.values import BadRecord
 
 
-def load(path):
-    """Compiles the file `path`; UserError if it is missing or broken."""
+def is_file(spec):
+    """Whether `--data.template` names a file that holds a Jinja template."""
+    return spec.endswith((".jinja", ".jinja2", ".j2", ".json"))
+
+
+def read(path):
+    """The text of the template in the file `path`.
+
+    Args:
+        path: a Jinja file, or a tokenizer_config.json: its `chat_template` is
+            a template, or a list of named ones, of which "default" is taken.
+
+    Raises:
+        UserError: there is none, or none by that name.
+    """
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+        if not str(path).endswith(".json"):
+            return text
+        told = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"data.template={path}: {error}") from error
+    found = told.get("chat_template") if type(told) is dict else None
+    if type(found) is list and all(type(one) is dict for one in found):
+        found = {one.get("name"): one.get("template") for one in found}
+    if type(found) is dict:
+        names = ", ".join(map(repr, found))
+        found = found.get("default")
+        if type(found) is not str:
+            raise UserError(
+                f"data.template={path}: its chat_template has {names} and no "
+                "'default'. Copy the one that you want into a .jinja file and "
+                "type its path."
+            )
+    if type(found) is not str:
+        raise UserError(f"data.template={path}: it holds no chat_template.")
+    return found
+
+
+def load(path, tokenizer=None):
+    """Compiles the template in a file; UserError if it is missing or broken.
+
+    Args:
+        path: see `read`.
+        tokenizer: `tokens.Tokenizer`; Gemma's names of tokens without it.
+    """
     # Only this kind of template needs jinja2.
     import jinja2
 
     try:
-        source = pathlib.Path(path).read_text(encoding="utf-8")
-        return _environment().from_string(source)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.template={path}: {error}") from error
+        return compiled(read(path), tokenizer)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(
             f"data.template={path}, line {error.lineno}: {error.message}"
         ) from error
+
+
+def compiled(text, tokenizer=None):
+    """A template's text, compiled; jinja2.TemplateSyntaxError if broken."""
+    environment = _environment()
+    if tokenizer:
+        environment.extend(control=tokenizer.control)
+        environment.globals.update(tokenizer.named)
+    return environment.from_string(text)
 
 
 def _environment():
@@ -58,7 +108,8 @@ def _environment():
         lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols", Generation],
     )
-    environment.extend(marks=("", ""), generates=False)
+    environment.extend(marks=("", ""), generates=False, control=CONTROL)
+    environment.globals.update(bos_token=BOS, eos_token=EOS)
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = _now
     # Jinja's own filter escapes HTML's characters.
@@ -78,10 +129,25 @@ def _to_json(value, ensure_ascii=False, **options):
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
+def text(found, source, *, ask):
+    """What the template writes for turns, as transformers renders it.
+
+    Args:
+        found: list of `turns.Turn`.
+        source: what `load` returned.
+        ask: whether the prompt of an answer follows.
+
+    Raises:
+        BadRecord, UserError: see `render`.
+    """
+    guard = _Guard(found, source)
+    return guard.render(found, ask=ask).replace(guard.mark, "")
+
+
 def prompt(found, source):
     """The turns `found` and the template's generation prompt, as segments."""
-    guard = _Guard(found)
-    text = guard.render(source, found, ask=True)
+    guard = _Guard(found, source)
+    text = guard.render(found, ask=True)
     return _with_bos(guard.segments(text, 0.0))
 
 
@@ -106,12 +172,12 @@ def render(found, source):
 
 def _marked(found, source):
     """Learns what stands in the template's generation blocks."""
-    guard = _Guard(found)
+    guard = _Guard(found, source)
     answers = [turn for turn in found if turn.role == "model"]
     first, last = guard.marks
     source.environment.marks = guard.marks
     try:
-        text = guard.render(source, found, ask=False)
+        text = guard.render(found, ask=False)
     finally:
         source.environment.marks = ("", "")
     blocks = text.count(first)
@@ -135,13 +201,13 @@ def _weight(turn):
 
 def _appended(found, source):
     """Learns what each assistant's message adds to the prompt before it."""
-    guard = _Guard(found)
+    guard = _Guard(found, source)
     told, done = [], ""
     for i, turn in enumerate(found):
         if turn.role != "model":
             continue
-        before = guard.render(source, found[:i], ask=True)
-        after = guard.render(source, found[: i + 1], ask=False)
+        before = guard.render(found[:i], ask=True)
+        after = guard.render(found[: i + 1], ask=False)
         if not (before.startswith(done) and after.startswith(before)):
             raise UserError(
                 "data.template: what the template writes for the first "
@@ -154,7 +220,7 @@ def _appended(found, source):
             )
         answer = after[len(before) :]
         # White space after the end of a turn is nobody's choice.
-        body = answer.rstrip() if CONTROL.search(answer) else answer
+        body = answer.rstrip() if guard.control.search(answer) else answer
         told += guard.segments(before[len(done) :], 0.0)
         told += guard.segments(body, _weight(turn))
         told += guard.segments(answer[len(body) :], 0.0)
@@ -175,27 +241,26 @@ class _Guard:
     the template runs; the character is taken out of the segments again.
     """
 
-    def __init__(self, found):
+    def __init__(self, found, source):
+        self.source, self.control = source, source.environment.control
         text = "".join(turn.text for turn in found)
         codes = map(chr, range(0xE000, 0xF8FF))
         free = (code for code in codes if code not in text)
         self.mark, *marks = next(free), next(free), next(free)
         self.marks = tuple(marks)
 
-    def render(self, source, found, *, ask):
+    def render(self, found, *, ask):
         chat = [
             {
                 "role": "assistant" if role == "model" else role,
-                "content": CONTROL.sub(self._hide, text),
+                "content": self.control.sub(self._hide, text),
             }
             for role, text, _ in found
         ]
         try:
-            return source.render(
+            return self.source.render(
                 messages=chat,
                 add_generation_prompt=ask,
-                bos_token=BOS,
-                eos_token=EOS,
             )
         except BadRecord as error:
             if all(turn.role != "system" for turn in found):
@@ -215,5 +280,5 @@ class _Guard:
     def segments(self, text, learn):
         return [
             segment._replace(text=segment.text.replace(self.mark, ""))
-            for segment in segments.split(text, learn)
+            for segment in segments.split(text, learn, self.control)
         ]

@@ -3,7 +3,7 @@
 import collections
 
 from keras_gemma_ft.config import UserError
-from keras_gemma_ft.data.segments import BOS, CONTROL, END, EOS
+from keras_gemma_ft.data.segments import BOS, END, EOS
 
 # Around what is learned.
 MARKS = ("⟦", "⟧")
@@ -53,7 +53,7 @@ def _words(ids, tokenizer):
                 tokenizer.decode([i], skip_control=False) for i in run
             )
         else:
-            shown, count = CONTROL.subn(
+            shown, count = tokenizer.control.subn(
                 lambda match: f"[typed {match[0]}]", tokenizer.decode(run)
             )
             text, typed = text + shown, typed + count

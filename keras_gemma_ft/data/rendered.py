@@ -18,7 +18,7 @@ from keras_gemma_ft.data.values import BadRecord, NeedsChoice
 _MODEL = "model\n"
 
 
-def render(text, weight, *, marks, learn):
+def render(text, weight, *, marks, learn, control=CONTROL):
     """One text -> its segments, `<bos>` first, and an end.
 
     Args:
@@ -26,6 +26,7 @@ def render(text, weight, *, marks, learn):
         weight: how much its tokens count.
         marks: what spelled control tokens are: "stop", "parse" or "literal".
         learn: "all", or "answers": of the model's turns only.
+        control: pattern of the names of control tokens.
 
     Returns:
         List of `Segment`. `<eos>` ends it unless a parsed end stands there.
@@ -35,7 +36,7 @@ def render(text, weight, *, marks, learn):
         BadRecord: parsed, and a turn is nobody's, or a `<bos>` is inside.
     """
     weight = weight if text.strip() else 0.0
-    found = CONTROL.search(text)
+    found = control.search(text)
     if found and marks == "stop":
         raise NeedsChoice(
             f"the text spells the control token {found[0]}. Is it that token? "
@@ -44,7 +45,7 @@ def render(text, weight, *, marks, learn):
             "--data.text_marks=literal."
         )
     if marks == "parse":
-        return _parse(text, weight, learn)
+        return _parse(text, weight, learn, control)
     return [
         Segment(BOS, control=True),
         Segment(text, weight),
@@ -52,7 +53,7 @@ def render(text, weight, *, marks, learn):
     ]
 
 
-def _parse(text, weight, learn):
+def _parse(text, weight, learn, names):
     text = re.sub(rf"^\s*(?:{re.escape(BOS)})+", "", text)
     segments, opened, answering = [], False, False
 
@@ -61,7 +62,7 @@ def _parse(text, weight, learn):
             segments.append(Segment(text, weight * learned, control))
 
     everything = learn == "all"
-    for segment in split_marks(text):
+    for segment in split_marks(text, control=names):
         name = segment.text if segment.control else ""
         if name == BOS:
             raise BadRecord(

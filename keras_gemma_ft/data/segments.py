@@ -16,6 +16,16 @@ CONTROL = re.compile(
 )
 
 
+def pattern(names):
+    """`CONTROL`, and the names of a vocabulary's further control tokens."""
+    more = {name for name in names if not CONTROL.fullmatch(name)}
+    if not more:
+        return CONTROL
+    # The longest first: a name may be the beginning of another.
+    escaped = map(re.escape, sorted(more, key=len, reverse=True))
+    return re.compile("|".join([*escaped, CONTROL.pattern]))
+
+
 class Segment(NamedTuple):
     """A text, or the name of one control token.
 
@@ -30,10 +40,10 @@ class Segment(NamedTuple):
     control: bool = False
 
 
-def split(text, learn=0.0):
+def split(text, learn=0.0, control=CONTROL):
     """A text that may name control tokens -> its segments."""
     found, start = [], 0
-    for match in CONTROL.finditer(text):
+    for match in control.finditer(text):
         found.append(Segment(text[start : match.start()], learn))
         found.append(Segment(match[0], learn, control=True))
         start = match.end()

@@ -13,6 +13,7 @@ Texts are trimmed and there is no system role, as in Google's own chat template
 """
 
 import collections
+import re
 from typing import Any, NamedTuple
 
 from keras_gemma_ft.config import UserError
@@ -25,35 +26,50 @@ from keras_gemma_ft.data import (
     tools,
     turns,
 )
-from keras_gemma_ft.data.segments import BOS, END, START, Segment
+from keras_gemma_ft.data.segments import BOS, CONTROL, END, START, Segment
 from keras_gemma_ft.data.values import BadRecord
 
 
 class Template(NamedTuple):
-    """kind: "gemma", "fields" (a format string) or "jinja"; its source."""
+    """A way to write conversations.
+
+    Attributes:
+        kind: "gemma", "fields" (a format string) or "jinja".
+        source: what was loaded.
+        control: pattern of the names of control tokens.
+    """
 
     kind: str
     source: Any = None
+    control: re.Pattern = CONTROL
 
 
 GEMMA = Template("gemma")
 
 
-def load(spec):
-    """Reads `--data.template`: "gemma", a format string, or a .jinja file.
+def load(spec, tokenizer=None):
+    """Reads `--data.template`: "gemma", a format string, or a Jinja file.
+
+    Args:
+        spec: the setting.
+        tokenizer: `tokens.Tokenizer`, whose control tokens a template may
+            write; Gemma's own without it.
 
     Raises:
         UserError: it is none of the three, or is broken.
     """
+    control = tokenizer.control if tokenizer else CONTROL
     if spec == "gemma":
-        return GEMMA
-    if spec.endswith((".jinja", ".jinja2", ".j2")):
-        return Template("jinja", jinja.load(spec))
+        return GEMMA._replace(control=control)
+    if jinja.is_file(spec):
+        return Template("jinja", jinja.load(spec, tokenizer), control)
     if "{" in spec:
-        return Template("fields", format_strings.load(spec))
+        parts = format_strings.load(spec, control)
+        return Template("fields", parts, control)
     raise UserError(
         f"data.template={spec!r}: expected 'gemma', a format string such as "
-        "'Q: {prompt}\\nA: {response}', or the path of a .jinja file."
+        "'Q: {prompt}\\nA: {response}', or the path of a .jinja file (or of "
+        "the tokenizer_config.json that holds one)."
     )
 
 
@@ -82,6 +98,7 @@ def render(record, layout, template=GEMMA, counts=None):
             layouts.weight(record, layout),
             marks=layout.text_marks,
             learn=layout.learn,
+            control=template.control,
         )
         if template.kind == "gemma":
             return segments
@@ -98,7 +115,8 @@ def _check_text(template, layout):
     if template.kind == "jinja":
         raise UserError(
             "data.template is for conversations, but data.format=text. "
-            "Leave out --data.template."
+            "Leave out --data.template; --data.template=gemma, if it is the "
+            "base's own."
         )
     if template.kind == "fields" and layout.text_marks == "parse":
         raise UserError(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from keras_gemma_ft.config import UserError
-from keras_gemma_ft.data.segments import BOS, CONTROL, END, EOS, PAD
+from keras_gemma_ft.data.segments import BOS, CONTROL, END, EOS, PAD, pattern
 
 EMPTY = "no answer, an empty one, or one of weight 0"
 TOO_LONG = "its answer begins after sequence_length"
@@ -26,12 +26,19 @@ class Tokenizer:
 
     Args:
         proto: bytes of a SentencePiece model (vocabulary.spm).
+        stops: ids that end an answer, beside <eos> and <end_of_turn>.
+        named: {"eos_token": ...}: what a chat template may call tokens.
+
+    Attributes:
+        proto, named: as they were given.
+        control: pattern of the names of the control tokens.
+        stops: frozenset of the ids that end an answer.
 
     Raises:
         UserError: `proto` is no SentencePiece model.
     """
 
-    def __init__(self, proto):
+    def __init__(self, proto, *, stops=(), named=None):
         # The verbs that need no text should not pay for these.
         import sentencepiece
         from google.protobuf.message import DecodeError
@@ -49,7 +56,18 @@ class Tokenizer:
             if CONTROL.fullmatch(piece.piece):
                 piece.type = model.SentencePiece.CONTROL
         self.proto = proto
-        self.fingerprint = hashlib.sha256(proto).hexdigest()
+        own = {"bos_token": BOS, "eos_token": EOS}
+        self.named = {**own, **(named or {})}
+        self.control = pattern(
+            piece.piece
+            for piece in model.pieces
+            if piece.type == model.SentencePiece.CONTROL
+        )
+        digest = hashlib.sha256(proto)
+        # A template's text depends on them, and prepared rows on its text.
+        if any(self.named[name] != own[name] for name in own):
+            digest.update(repr(sorted(self.named.items())).encode())
+        self.fingerprint = digest.hexdigest()
         # The copy: what llama.cpp must know, too.
         self.control_proto = model.SerializeToString()
         self._model = sentencepiece.SentencePieceProcessor(
@@ -62,6 +80,8 @@ class Tokenizer:
             EOS: self._model.eos_id(),
             BOS: self._model.bos_id(),
         }
+        ends = {self._named[EOS], self._model.piece_to_id(END), *stops}
+        self.stops = frozenset(ends - {-1, self._model.unk_id()})
 
     def encode(self, text):
         """str -> list of ids; no `<bos>`, no control token."""

@@ -61,7 +61,7 @@ class Usage(NamedTuple):
     jinja: str = ""
 
 
-def describe(cfg, *, base, trained, when, parents=()):
+def describe(cfg, *, base, trained, when, parents=(), jinja=""):
     """What is to travel with what `cfg` trains: `Usage`.
 
     Args:
@@ -70,11 +70,13 @@ def describe(cfg, *, base, trained, when, parents=()):
         trained: facts of the training, for people.
         when: an ISO 8601 time.
         parents: dicts of the adapters that it descends from, oldest first.
+        jinja: the source of its Jinja template, if it has one.
     """
     every = config.flatten(cfg)
-    settings, jinja = {path: every[path] for path in TRAVELS}, ""
+    settings = {path: every[path] for path in TRAVELS}
     if is_jinja(cfg.data.template):
         jinja = pathlib.Path(cfg.data.template).read_text("utf-8")
+    if jinja:
         settings["data.template"] = JINJA
     if cfg.lora.init != "default":
         # Such an adapter is exported for the kernels as they were.

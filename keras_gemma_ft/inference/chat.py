@@ -55,7 +55,7 @@ class Session:
 
     def _speak(self, cfg):
         """Prompts are written as `cfg` has it from now on."""
-        self.template = templates.load(cfg.data.template)
+        self.template = templates.load(cfg.data.template, self.tokenizer)
         self.system = cfg.data.system
         self.roles = turns.speakers(cfg.data.roles)
 

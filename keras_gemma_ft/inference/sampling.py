@@ -60,7 +60,7 @@ class Generator:
         self.backbone = causal_lm.backbone
         self.tokenizer = tokenizer
         self.settings = settings
-        self.stops = {tokenizer.eos, tokenizer.end_of_turn}
+        self.stops = tokenizer.stops
         self.choose = chooser(settings, seed)
         self.few = few
         self._advance = compiled(self.backbone, self._next_logits)

@@ -2,7 +2,7 @@
 
 from keras_gemma_ft import runtime
 from keras_gemma_ft.formats import adapters, usage
-from keras_gemma_ft.model import lora, presets
+from keras_gemma_ft.model import base_template, lora, presets
 
 
 def load(cfg, *, adapter=True, records=False):
@@ -15,13 +15,15 @@ def load(cfg, *, adapter=True, records=False):
         records: whether the records of the adapter's run are wanted too.
 
     Returns:
-        (the `config.Config` with what travels, `presets.Loaded`).
+        (the `config.Config` with what travels and the template of the
+        base, `presets.Loaded`).
 
     Raises:
         config.UserError: the base or the adapter is not what it should be.
     """
     cfg = usage.settle(cfg, runtime.say, records=records)
     loaded = presets.open(cfg)
+    cfg = base_template.settle(cfg, loaded.tokenizer)
     backbone = loaded.causal_lm.backbone
     if cfg.adapter and adapter:
         lora.load(backbone, cfg.adapter)

@@ -112,7 +112,14 @@ def is_huggingface(source):
     )
 
 
-_FILES = ("*.json", "*.safetensors", "*.model", "*.h5", "assets/*")
+_FILES = (
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.jinja",
+    "*.h5",
+    "assets/*",
+)
 
 
 def download(handle, files=_FILES):

@@ -16,8 +16,19 @@ import numpy as np
 
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import tokens
-from keras_gemma_ft.formats import huggingface, names, shards
-from keras_gemma_ft.model import cache, preset_source, sharding, weights
+from keras_gemma_ft.formats import (
+    huggingface,
+    names,
+    shards,
+    tokenizer_folder,
+)
+from keras_gemma_ft.model import (
+    base_template,
+    cache,
+    preset_source,
+    sharding,
+    weights,
+)
 
 Loaded = collections.namedtuple("Loaded", "causal_lm tokenizer fingerprint")
 
@@ -211,23 +222,14 @@ def progress(iterable, total, what):
 
 
 def tokenizer(source):
-    """The `data.tokens.Tokenizer` of what `preset_source.resolve` gave."""
-    return tokens.Tokenizer(_tokenizer_proto(source))
-
-
-def _tokenizer_proto(source):
-    """The bytes of the preset's SentencePiece model."""
+    """The `tokens.Tokenizer` of what `preset_source.resolve` gave."""
     if not isinstance(source, pathlib.Path):
-        return keras_hub.models.GemmaTokenizer.from_preset(source).proto
-    for name in ("tokenizer.model", "assets/tokenizer/vocabulary.spm"):
-        if (source / name).is_file():
-            return (source / name).read_bytes()
-    raise config.UserError(
-        f"--preset={source} has no tokenizer: expected tokenizer.model "
-        f"(Hugging Face) or assets/tokenizer/vocabulary.spm (Keras). "
-        f"tokenizer.json alone is not enough; copy tokenizer.model from the "
-        f"original Gemma 2 repository."
-    )
+        gemma = keras_hub.models.GemmaTokenizer.from_preset(source)
+        return tokens.Tokenizer(gemma.proto)
+    found = tokenizer_folder.read(source, template=base_template.text(source))
+    for line in found.said:
+        runtime.say(f"warning: {line}")
+    return tokens.Tokenizer(found.proto, stops=found.stops, named=found.named)
 
 
 def save(folder, backbone, tokenizer):

@@ -6,7 +6,7 @@ import datetime
 import numpy as np
 
 from keras_gemma_ft import config, runtime
-from keras_gemma_ft.data import pipeline, prepared, proof
+from keras_gemma_ft.data import jinja, pipeline, prepared, proof
 from keras_gemma_ft.formats import usage
 from keras_gemma_ft.model import sharding
 
@@ -118,9 +118,10 @@ def _usage(cfg, loaded, layout, parents):
         cfg, loaded, parents: as of `Job.prepare`.
         layout: {"format", "fields"} as which the records were read, or None.
     """
-    lora = cfg.lora
+    lora, spec = cfg.lora, cfg.data.template
     return usage.describe(
         cfg,
+        jinja=jinja.read(spec) if jinja.is_file(spec) else "",
         base={
             "preset": cfg.preset,
             "sha256": loaded.fingerprint,

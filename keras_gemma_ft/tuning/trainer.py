@@ -11,6 +11,7 @@ from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import examples, pipeline, sources
 from keras_gemma_ft.inference import evaluation, taught
 from keras_gemma_ft.model import (
+    base_template,
     compiled,
     decoder_block,
     hosts,
@@ -144,7 +145,7 @@ def run(cfg, backend):
                 sources.names(spec)
     folder = run_folder.RunFolder(cfg.run_dir)
     with room.needed(folder.path), folder.locked():
-        loaded, origin, job = _load(cfg)
+        cfg, loaded, origin, job = _load(cfg)
         description = identity.describe(
             cfg, backend, loaded, job, origin.sha256
         )
@@ -171,12 +172,13 @@ def run(cfg, backend):
 
 
 def _load(cfg):
-    """(`presets.Loaded`, `parent.Parent`, `Job`) of a run."""
+    """(`cfg` with the base's template, `Loaded`, `Parent`, `Job`)."""
     with hosts.agreed():
         loaded = presets.open(cfg, full=not cfg.lora.rank)
+        cfg = base_template.settle(cfg, loaded.tokenizer)
         taught.say_doubt(cfg, loaded)
         origin = parent.read(cfg, loaded.causal_lm.backbone.get_config())
-        return loaded, origin, Job.prepare(cfg, loaded, origin.chain)
+        return cfg, loaded, origin, Job.prepare(cfg, loaded, origin.chain)
 
 
 def _train(cfg, folder, job, tuner, began, backend):
