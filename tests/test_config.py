@@ -14,6 +14,9 @@ from keras_gemma_ft.embedded import recipe
 
 # Words that a setting takes where "another value of its type" is none.
 TAKES = {
+    "export.format": "gguf,peft",
+    "export.max_shard_size": "2GiB",
+    "export.weights": "0.5,2",
     "train.time_budget": "30m",
     "train.log_every": "7 steps",
     "train.eval_every": "0.5 epochs",

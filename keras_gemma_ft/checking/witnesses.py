@@ -8,6 +8,7 @@ A witness is a function of (written folder, `Case`) that returns logits: a list
 of float32 arrays [T', V], of the last T' tokens of each sequence.
 """
 
+import ctypes
 import pathlib
 import tempfile
 import warnings
@@ -240,8 +241,6 @@ _SILENT = []
 
 
 def _llama(path, sequences, **options):
-    import ctypes
-
     import llama_cpp
 
     if not _SILENT:  # It would tell programmers of its caches.

@@ -128,7 +128,8 @@ def did_you_mean(word, known):
 def near_misses(word, known):
     """Those of `known` that `word` may be a misspelling of, likeliest first."""
     # Compared without the section too: --rank is near to lora.rank.
-    last = {name.rpartition(".")[2]: name for name in known}
+    # The first of a name: rank is lora.rank rather than export.rank.
+    last = {name.rpartition(".")[2]: name for name in reversed([*known])}
     near = difflib.get_close_matches(word, known, 3, 0.6)
     return near + [
         last[name]

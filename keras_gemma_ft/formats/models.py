@@ -15,6 +15,7 @@ import collections
 import math
 import pathlib
 
+import ml_dtypes
 import numpy as np
 
 from keras_gemma_ft.formats import (
@@ -132,7 +133,5 @@ def split(model, dtype, limit):
 def cast(array, dtype):
     """An array in the dtype of a name, bfloat16 too; contiguous."""
     if dtype == "bfloat16":
-        import ml_dtypes
-
         dtype = ml_dtypes.bfloat16
     return np.ascontiguousarray(array, dtype)
