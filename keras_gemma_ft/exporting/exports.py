@@ -60,8 +60,8 @@ def _one(what, place, source, cfg, case, truth, asked):
                 what, partial, kind, case, truth
             )
         whole = told | (verification.record(truth, asked) if truth else {})
-        if source.usage and not (partial / usage.FILE).exists():
-            usage.write(partial, source.usage)
+        if source.usage:
+            usage.write(partial, _travels(what, source, cfg))
         text = card.card(what, partial, source, whole)
         (partial / "README.md").write_text(text, "utf-8")
         text = json.dumps({"format": what, **whole}, indent=1)
@@ -70,6 +70,14 @@ def _one(what, place, source, cfg, case, truth, asked):
             file.stat().st_size for file in partial.rglob("*") if file.is_file()
         )
     return told
+
+
+def _travels(what, source, cfg):
+    """What is told of how the model is to be asked."""
+    told = source.usage
+    if config.FORMATS[what]:
+        told = usage.of_whole(told)
+    return usage.public(told) if cfg.export.push_to else told
 
 
 def _size(what, source, cfg):

@@ -44,7 +44,7 @@ def merged_hf(source, folder, settings):
         model,
         dtype=dtype,
         shards=shards,
-        stops=sorted({tokenizer.eos, tokenizer.end_of_turn}),
+        stops=sorted(tokenizer.stops),
     )
     tokenizer_files.write_tokenizer(
         folder, tokenizer.proto, chat_template=_template(source)

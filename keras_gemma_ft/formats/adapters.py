@@ -2,8 +2,8 @@
 
 An adapter in memory is `Adapter` (`low_rank.py`, with all shapes). On disk it
 is a PEFT folder (`peft_write.py`, `peft_read.py`,
-`peft_config.py`) or a stock Keras `.lora.h5`
-(`keras_file.py`).
+`peft_config.py`), a stock Keras `.lora.h5` (`keras_file.py`) or a GGUF for
+llama.cpp (`gguf_adapter.py`).
 
     adapter = adapters.read("runs/first", backbone_config)
     adapters.write_peft("out/adapter", adapter)
@@ -15,6 +15,7 @@ import pathlib
 
 from keras_gemma_ft.config import UserError, did_you_mean
 from keras_gemma_ft.formats import checkpoints
+from keras_gemma_ft.formats.gguf_adapter import read_gguf_adapter
 from keras_gemma_ft.formats.keras_file import (
     layer_index,
     read_keras,
@@ -56,8 +57,8 @@ def read(path, backbone, *, base=""):
     """Read an adapter, whatever its form.
 
     Args:
-        path: a PEFT folder, a `.lora.h5` file, a checkpoint of a run, or a
-            run folder that holds `adapter/` (taken first) or
+        path: a PEFT folder, a `.lora.h5` or `.gguf` file, a checkpoint of a
+            run, or a run folder that holds `adapter/` (taken first) or
             `adapter.lora.h5`.
         backbone: dict as of `GemmaBackbone.get_config()` of the model that
             the adapter is for.
@@ -75,6 +76,8 @@ def read(path, backbone, *, base=""):
         return checkpoints.read_checkpoint(found)
     if found.is_dir():
         return read_peft(found, backbone)
+    if found.suffix == ".gguf":
+        return read_gguf_adapter(found, backbone, base=base)
     return read_keras(found, backbone, base=base)
 
 
@@ -85,10 +88,10 @@ def place(path):
     """
     path = pathlib.Path(path)
     if path.is_file():
-        if path.name.endswith(".h5"):
+        if path.suffix in (".h5", ".gguf"):
             return path
         raise UserError(
-            f"{path} is a file, expected a .lora.h5 file or a folder. "
+            f"{path} is a file, expected a .lora.h5 or .gguf file or a folder. "
             "Name the folder that holds adapter_config.json."
         )
     if not path.is_dir():
@@ -98,8 +101,9 @@ def place(path):
     for folder in (path, path / "adapter"):
         if (folder / CONFIG).is_file():
             return folder
-    if (path / "adapter.lora.h5").is_file():
-        return path / "adapter.lora.h5"
+    for name in ("adapter.lora.h5", "adapter.gguf"):
+        if (path / name).is_file():
+            return path / name
     held = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
     model = (path / "config.json").is_file()
     raise UserError(
