@@ -306,3 +306,74 @@ def test_pickle_only_folder(folder):
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
     message = refusal(folder)
     assert "pytorch_model.bin" in message and "safe_serialization" in message
+
+
+# --- what other tools and other years have written -------------------------
+
+
+def the_9b(**changes):
+    nine = {"hidden_size": 3584, "num_hidden_layers": 42, "head_dim": 256}
+    config = CONFIG | nine | {"query_pre_attn_scalar": 224} | changes
+    return {k: v for k, v in config.items() if k != "layer_types"}
+
+
+def test_query_scale_of_the_first_9b():
+    found = huggingface.backbone_config(the_9b())
+    assert found["query_pre_attn_scalar"] == 256
+    assert found["query_head_dim_normalize"] is True
+    [said] = huggingface.doubts(the_9b())
+    assert "query_pre_attn_scalar=224" in said and "256 is used" in said
+    # Google's own since, and another size that means what it says.
+    for other in (the_9b(query_pre_attn_scalar=256), the_9b(head_dim=128)):
+        found = huggingface.backbone_config(other)
+        scalar = other["query_pre_attn_scalar"]
+        assert found["query_pre_attn_scalar"] == scalar
+        assert not list(huggingface.doubts(other))
+
+
+def test_missing_caps_are_said():
+    assert not list(huggingface.doubts(CONFIG))
+    config = CONFIG | {"attn_logit_softcapping": None}
+    found = huggingface.backbone_config(config)
+    assert found["attention_logit_soft_cap"] is None
+    [said] = huggingface.doubts(config)
+    assert "attn_logit_softcapping=null" in said
+    config["final_logit_softcapping"] = None
+    assert len(list(huggingface.doubts(config))) == 2
+
+
+def test_activation_of_old_configs():
+    old = CONFIG | {"hidden_activation": None}
+    assert huggingface.backbone_config(old) == BACKBONE
+    assert not list(huggingface.doubts(old))
+    old["hidden_act"] = "gelu"
+    assert huggingface.backbone_config(old) == BACKBONE
+    [said] = huggingface.doubts(old)
+    assert "hidden_act='gelu'" in said
+    with pytest.raises(UserError, match="hidden_activation='gelu'"):
+        huggingface.backbone_config(CONFIG | {"hidden_activation": "gelu"})
+
+
+@pytest.mark.parametrize(
+    "name,original",
+    [
+        ("unsloth/gemma-2-9b-bnb-4bit", "hf://unsloth/gemma-2-9b "),
+        ("someone/my-tune", "hf://someone/my-tune "),
+        ("/home/me/tune-4bit", "hf://google/gemma-2-9b "),
+        (None, "hf://google/gemma-2-9b "),
+    ],
+)
+def test_codes_of_another_library(name, original):
+    codes = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config = CONFIG | {"quantization_config": codes, "_name_or_path": name}
+    with pytest.raises(UserError, match="bitsandbytes") as caught:
+        huggingface.backbone_config(config)
+    assert f"--preset={original}--model.quantize=nf4" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["Gemma2ForSequenceClassification", 7])
+def test_a_head_that_does_not_write(kind):
+    with pytest.raises(UserError, match="expected 'Gemma2ForCausalLM'"):
+        huggingface.backbone_config(CONFIG | {"architectures": [kind]})
+    for kinds in (None, [], ["Gemma2Model"], ["Gemma2ForCausalLM"]):
+        huggingface.backbone_config(CONFIG | {"architectures": kinds})

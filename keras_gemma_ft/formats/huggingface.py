@@ -7,6 +7,7 @@ import json
 import pathlib
 
 from keras_gemma_ft.config import UserError
+from keras_gemma_ft.config.words import hub_handle
 
 # config.json -> GemmaBackbone, where the value is the same.
 _FIELDS = {
@@ -20,20 +21,23 @@ _FIELDS = {
     "attn_logit_softcapping": "attention_logit_soft_cap",
     "sliding_window": "sliding_window_size",
 }
+_ACTIVATION = "gelu_pytorch_tanh"
 # What the Keras model cannot vary; absent means this value.
 _FIXED = {
-    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_activation": _ACTIVATION,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "attention_bias": False,
     "tie_word_embeddings": True,
 }
 # Features that change the arithmetic and that the Keras model lacks.
-_REFUSED = (
-    "rope_scaling",
-    "quantization_config",
-    "use_bidirectional_attention",
-)
+_REFUSED = ("rope_scaling", "use_bidirectional_attention")
+# A bare backbone, too, has all that a language model of tied words needs.
+_KINDS = ("Gemma2ForCausalLM", "Gemma2Model")
+# Until July 2024 google/gemma-2-9b said 224, the 27B's way to count; it was
+# trained with its head_dim .
+_9B = {"hidden_size": 3584, "num_hidden_layers": 42, "head_dim": 256}
+_9B_WRONG, _9B_RIGHT = 224, 256
 
 
 def backbone_config(hf_config):
@@ -61,9 +65,9 @@ def backbone_config(hf_config):
         raise UserError(
             "This Gemma 2 config.json cannot be followed:\n  "
             + "\n  ".join(wrong)
-            + "\nUse the config.json of an unmodified Gemma 2 model."
+            + "\nUse the folder of an unmodified Gemma 2 model."
         )
-    scalar = hf_config["query_pre_attn_scalar"]
+    scalar = _query_scalar(hf_config)
     return {ours: hf_config[theirs] for theirs, ours in _FIELDS.items()} | {
         "intermediate_dim": 2 * hf_config["intermediate_size"],
         "query_head_dim_normalize": hf_config["head_dim"] == scalar,
@@ -72,6 +76,55 @@ def backbone_config(hf_config):
         "use_post_attention_norm": True,
         "use_sliding_window_attention": True,
     }
+
+
+def _query_scalar(hf_config):
+    scalar = hf_config.get("query_pre_attn_scalar")
+    is_9b = all(hf_config.get(name) == _9B[name] for name in _9B)
+    return _9B_RIGHT if is_9b and scalar == _9B_WRONG else scalar
+
+
+def doubts(hf_config):
+    """Lines that a user should be told about a config that is followed.
+
+    Args:
+        hf_config: dict that `backbone_config` takes.
+    """
+    told = hf_config.get("query_pre_attn_scalar")
+    if (used := _query_scalar(hf_config)) != told:
+        yield (
+            f"config.json: query_pre_attn_scalar={told} is what the 9B's had "
+            f"until July 2024; {used} is used, as Google has corrected it"
+        )
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if hf_config.get(name, 1) is None:
+            yield (
+                f"config.json: {name}=null, and no cap is used; Google's have "
+                "50.0 for attention's scores and 30.0 for the logits"
+            )
+    act = hf_config.get("hidden_act")
+    if hf_config.get("hidden_activation", "") is None:
+        if act not in (None, _ACTIVATION):
+            yield (
+                f"config.json: hidden_act={act!r} beside hidden_activation="
+                f"null; {_ACTIVATION} is used, as transformers does"
+            )
+
+
+def _codes(hf_config):
+    """What to do about weights that are stored as another library's codes."""
+    codes = hf_config["quantization_config"]
+    kind = codes.get("quant_method") if type(codes) is dict else codes
+    name = hf_config.get("_name_or_path")
+    handle = hub_handle(name) if type(name) is str else ""
+    known = handle.startswith("hf://") and "bit" not in handle
+    original = handle if known else "hf://google/gemma-2-9b"
+    return (
+        f"quantization_config: the weights are codes ({kind}), which the "
+        "library that made them reads alone. Take the model that they were "
+        f"made of, to be quantised here: --preset={original} "
+        "--model.quantize=nf4" + ("" if known else " (in its size)")
+    )
 
 
 def _complaints(hf_config):
@@ -86,11 +139,23 @@ def _complaints(hf_config):
             yield f"{name}={value!r}: expected a positive number"
     rope = hf_config.get("rope_parameters") or {}
     flat = {**hf_config, **{k: rope[k] for k in rope if k == "rope_theta"}}
+    if flat.get("hidden_activation", "") is None:
+        # As transformers has it; see `doubts`.
+        flat["hidden_activation"] = _ACTIVATION
+    kinds = hf_config.get("architectures") or []
+    if type(kinds) is not list or not {*map(str, kinds)} <= {*_KINDS}:
+        yield (
+            f"architectures={kinds!r}: expected {_KINDS[0]!r}, a model that "
+            "writes. Of one with a head of its own, take its base, such as "
+            "--preset=hf://google/gemma-2-2b"
+        )
     for name, value in _FIXED.items():
         if flat.get(name, value) != value:
             yield f"{name}={flat[name]!r}: expected {value!r}"
     if rope.get("rope_type", "default") != "default":
         yield f"rope_type={rope['rope_type']!r}: expected 'default'"
+    if hf_config.get("quantization_config"):
+        yield _codes(hf_config)
     for name in _REFUSED:
         if hf_config.get(name):
             yield f"{name}={hf_config[name]!r}: expected none"
@@ -143,7 +208,7 @@ def huggingface_config(backbone, *, dtype="float32"):
             "layer_types": _layer_types(backbone["num_layers"]),
             # Once flat (llama.cpp, vLLM), once nested (transformers 5).
             "rope_parameters": rope,
-            "hidden_act": _FIXED["hidden_activation"],
+            "hidden_act": _ACTIVATION,
             "attention_dropout": 0.0,
             "max_position_embeddings": 8192,
             "initializer_range": 0.02,

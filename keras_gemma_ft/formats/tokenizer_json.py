@@ -127,7 +127,7 @@ def _complaints(told, vocab):
         made = {"".join(_pair(merge)) for merge in pairs}
         # Tabs, in Gemma's first files: see `vocabulary`.
         if none := sorted(made - vocab.keys() - {"\t"}):
-            yield f"model: merges that make no piece: {_some(none)}"
+            yield f"model: merges that make no piece: {_some([*map(repr, none)])}"
     if not _is_spaces(told.get("normalizer")):
         yield f"normalizer: {_short(told.get('normalizer'))}"
     if not _is_idle(told.get("pre_tokenizer")):

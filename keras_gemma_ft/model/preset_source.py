@@ -41,12 +41,18 @@ def resolve(preset):
     if (folder / "config.json").is_file():
         return folder
     if folder.exists():
-        inside = sorted(p.name for p in folder.parent.iterdir())[:8]
-        if folder.is_dir():
-            inside = sorted(p.name for p in folder.iterdir())[:8]
+        place = folder if folder.is_dir() else folder.parent
+        inside = sorted(p.name for p in place.iterdir())
+        if any(name.endswith(".gguf") for name in (folder.name, *inside)):
+            raise config.UserError(
+                f"--preset={preset}: GGUF is a format for programs that run a "
+                f"model; it cannot be trained. Take the model that it was made "
+                f"of: --preset=hf://google/gemma-2-2b, for example, with "
+                f"--model.quantize=nf4 if it has to be small."
+            )
         raise config.UserError(
             f"--preset={preset} has no config.json, so it is neither a Keras "
-            f"preset nor a Hugging Face model. It holds: {', '.join(inside)}."
+            f"preset nor a Hugging Face model. It holds: {', '.join(inside[:8])}."
         )
     known = [config.EMBEDDED_PRESET] + [
         name

@@ -111,6 +111,10 @@ def load(preset, *, dtype="float32", model=config.Model()):
     source = preset_source.resolve(preset)
     backbone, fingerprint = _backbone(source, dtype, model)
     backbone.preset = preset
+    if preset_source.is_huggingface(source):
+        settings = huggingface.read_json(source / "config.json")
+        for line in huggingface.doubts(settings):
+            runtime.say(f"warning: {line}")
     words = tokenizer(source)
     if words.vocabulary_size > backbone.vocabulary_size:
         raise config.UserError(
