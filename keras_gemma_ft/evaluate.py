@@ -6,6 +6,7 @@ python -m keras_gemma_ft.evaluate --preset=gemma2_2b_en --data.eval=test.jsonl
 """
 
 from keras_gemma_ft import config, runtime
+from keras_gemma_ft.formats import adapters
 
 
 def evaluate(cfg):
@@ -44,7 +45,12 @@ def evaluate(cfg):
 
     result = {"preset": cfg.preset, "base": score("base")}
     if cfg.adapter:
-        lora.load(loaded.causal_lm.backbone, cfg.adapter)
+        if adapters.is_whole(cfg.adapter):
+            # It changes the base itself, which is loaded again.
+            del loaded
+            _, loaded = taught.load(cfg)
+        else:
+            lora.load(loaded.causal_lm.backbone, cfg.adapter)
         result["adapter"] = score(cfg.adapter)
     return result
 

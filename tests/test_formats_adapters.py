@@ -388,9 +388,8 @@ def test_unsupported_peft_settings_are_all_named(tmp_path):
     adapters.write_peft(tmp_path, make("standard"))
     bad = dict(
         peft_type="LOHA",
-        use_dora=True,
-        bias="all",
-        modules_to_save=["lm_head"],
+        use_qalora=True,
+        bias="some",
         init_lora_weights="pissa",
         alpha_pattern={"q_proj": "7"},
     )

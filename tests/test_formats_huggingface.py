@@ -75,7 +75,7 @@ def test_table_goes_both_ways():
         np.testing.assert_array_equal(again, array)
         seen.add(name)
     assert len(seen) == 2 + 3 * 11
-    for unknown in ("model.layers.0.mlp.x_proj.weight", "lm_head.weight", ""):
+    for unknown in ("model.layers.0.mlp.x_proj.weight", "lm_head.bias", ""):
         assert names.keras_path(unknown) is None
         with pytest.raises(UserError, match="not the name"):
             names.to_keras(unknown, array, head_dim=16)

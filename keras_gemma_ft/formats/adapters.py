@@ -14,7 +14,7 @@ llama.cpp (`gguf_adapter.py`).
 import pathlib
 
 from keras_gemma_ft.config import UserError, did_you_mean
-from keras_gemma_ft.formats import checkpoints
+from keras_gemma_ft.formats import checkpoints, peft_read
 from keras_gemma_ft.formats.gguf_adapter import read_gguf_adapter
 from keras_gemma_ft.formats.keras_file import (
     layer_index,
@@ -37,6 +37,7 @@ from keras_gemma_ft.formats.peft_write import WEIGHTS, write_peft
 __all__ = [
     "Adapter",
     "difference",
+    "is_whole",
     "layer_index",
     "matrix",
     "pair_shapes",
@@ -79,6 +80,13 @@ def read(path, backbone, *, base=""):
     if found.suffix == ".gguf":
         return read_gguf_adapter(found, backbone, base=base)
     return read_keras(found, backbone, base=base)
+
+
+def is_whole(path):
+    """Whether the adapter at `path` is more than plain LoRA: merged only."""
+    found = place(path)
+    plain = not found.is_dir() or checkpoints.is_checkpoint(found)
+    return not plain and peft_read.is_whole(found)
 
 
 def place(path):

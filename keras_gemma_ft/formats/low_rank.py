@@ -42,6 +42,7 @@ class Adapter:
         folded: whether the layers of a foreign file had different scales,
             which B now holds. The numbers are the file's, but a step of an
             optimizer on B would not be a step on the file's own B.
+        doubts: sentences about the file that a user should be told.
     """
 
     style: str
@@ -54,6 +55,7 @@ class Adapter:
     base: str = ""
     init: str = "default"
     folded: bool = False
+    doubts: tuple = ()
 
 
 def scale(rank, alpha, rslora=False):

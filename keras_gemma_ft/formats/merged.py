@@ -7,6 +7,7 @@ import json
 
 from keras_gemma_ft.formats import models, names, tensors
 from keras_gemma_ft.formats.huggingface import huggingface_config
+from keras_gemma_ft.formats.whole_change import HEAD
 
 INDEX = "model.safetensors.index.json"
 
@@ -40,6 +41,7 @@ def write_huggingface(folder, model, *, dtype, shards, stops=(1, 107)):
         told = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write(folder / INDEX, told)
     config = huggingface_config(model.backbone, dtype=dtype)
+    config["tie_word_embeddings"] = HEAD not in model.paths
     _write(folder / "config.json", config | {"eos_token_id": list(stops)})
     generation = {
         "bos_token_id": config["bos_token_id"],

@@ -9,6 +9,7 @@ import re
 import numpy as np
 
 from keras_gemma_ft.formats import low_rank
+from keras_gemma_ft.formats.whole_change import WholeChange
 
 _KERNEL = re.compile(r"decoder_block_(\d+)/(?:attention/)?(\w+)/kernel")
 
@@ -19,18 +20,21 @@ def key_of(path):
     return (int(match[1]), match[2]) if match else None
 
 
-def merged(path, array, adapter):
+def merged(path, array, adapter, head_dim):
     """One variable with the adapter merged into it.
 
     Args:
         path: Keras path, such as `decoder_block_0/ffw_gating/kernel`.
         array: the variable of the base, with Keras's shape; any float dtype.
-        adapter: `low_rank.Adapter`, or None.
+        adapter: `low_rank.Adapter`, `whole_change.WholeChange`, or None.
+        head_dim: H of the base.
 
     Returns:
         Array of the same shape: float32 where the adapter changes it, else
         `array` itself.
     """
+    if isinstance(adapter, WholeChange):
+        return adapter.merged(path, array, head_dim)
     pair = adapter and adapter.weights.get(key_of(path))
     if not pair:
         return array

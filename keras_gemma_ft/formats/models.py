@@ -26,6 +26,7 @@ from keras_gemma_ft.formats import (
     shards,
     tensors,
 )
+from keras_gemma_ft.formats.whole_change import HEAD, TABLE, WholeChange
 
 
 def open(folder):
@@ -52,15 +53,12 @@ class HuggingFace:
     def __init__(self, folder):
         self.folder = pathlib.Path(folder)
         self.backbone, found = shards.find(folder)
-        headers = {
-            shard: tensors.header(self.folder / shard)[0]
-            for shard in {*found.values()}
-        }
+        held = shards.headers(self.folder, found)
         self.entries = {
-            names.keras_path(name): (name, shard, headers[shard][name])
-            for name, shard in found.items()
+            names.keras_path(name): (name, shard, held[shard][raw])
+            for name, (shard, raw) in found.items()
         }
-        order = names.variable_shapes(self.backbone)
+        order = [*names.variable_shapes(self.backbone), HEAD]
         self.paths = [path for path in order if path in self.entries]
 
     def read(self, path):
@@ -76,34 +74,48 @@ class Merged:
 
     Args:
         base: a reader.
-        adapter: `low_rank.Adapter`, or None.
+        adapter: `low_rank.Adapter`, `WholeChange`, or None.
     """
 
     def __init__(self, base, adapter):
         self.base, self.adapter = base, adapter
-        self.backbone, self.paths = base.backbone, base.paths
+        self.backbone, self.paths = base.backbone, list(base.paths)
+        if isinstance(adapter, WholeChange):
+            self.backbone = adapter.backbone(base.backbone)
+            if adapter.untied and HEAD not in self.paths:
+                self.paths.append(HEAD)
 
     def read(self, path):
         """One variable: float32 where the adapter changes it, else the base's."""
-        return merging.merged(path, self.base.read(path), self.adapter)
+        # A head that the base has not is, before the change, its table.
+        held = path if path in self.base.paths else TABLE
+        head = self.backbone["head_dim"]
+        return merging.merged(path, self.base.read(held), self.adapter, head)
+
+
+def shapes(model):
+    """{Keras path: shape} of a model's variables."""
+    found = names.variable_shapes(model.backbone)
+    if HEAD in model.paths:
+        found[HEAD] = found[TABLE]
+    return found
 
 
 def dtype_of(model):
     """Name of the dtype that most of a model's numbers are stored in."""
-    counts = collections.Counter()
-    shapes = names.variable_shapes(model.backbone)
+    counts, told = collections.Counter(), shapes(model)
     # A block is like the others: reading all of 9B to look would take minutes.
     for path in model.paths:
         if path.startswith("decoder_block_0/"):
             kind = model.read(path).dtype.name
-            counts[kind] += math.prod(shapes[path])
+            counts[kind] += math.prod(told[path])
     return counts.most_common(1)[0][0]
 
 
 def parameters(model):
     """Numbers in a model's variables."""
-    shapes = names.variable_shapes(model.backbone)
-    return sum(math.prod(shapes[path]) for path in model.paths)
+    told = shapes(model)
+    return sum(math.prod(told[path]) for path in model.paths)
 
 
 def split(model, dtype, limit):
@@ -117,11 +129,11 @@ def split(model, dtype, limit):
     Returns:
         List of lists of paths, in the model's order.
     """
-    shapes = names.variable_shapes(model.backbone)
+    told = shapes(model)
     width = 4 if dtype == "float32" else 2
     groups, room = [], 0
     for path in model.paths:
-        size = width * math.prod(shapes[path])
+        size = width * math.prod(told[path])
         if not groups or size > room:
             groups.append([])
             room = limit

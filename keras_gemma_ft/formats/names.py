@@ -29,6 +29,8 @@ _BLOCK = {f"{k}/scale": f"{v}.weight" for k, v in _NORMS.items()} | {
 _OUTSIDE = {
     "token_embedding/embeddings": "model.embed_tokens.weight",
     "final_normalization/scale": "model.norm.weight",
+    # No variable of KerasHub's: a head that is not the token table.
+    "lm_head/embeddings": "lm_head.weight",
 }
 _BLOCK_BACK = {v: k for k, v in _BLOCK.items()}
 _OUTSIDE_BACK = {v: k for k, v in _OUTSIDE.items()}

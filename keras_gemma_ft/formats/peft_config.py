@@ -99,7 +99,11 @@ _SETTINGS = {
     "use_rslora": ("true or false", lambda v: type(v) is bool),
     "rank_pattern": ("names with numbers", _is_pattern),
     "alpha_pattern": ("names with numbers", _is_pattern),
-    "bias": ("'none'", lambda v: v in ("none", None)),
+    # Gemma 2 has no biases that could be trained.
+    "bias": (
+        "'none'",
+        lambda v: v in ("none", "all", "lora_only", None),
+    ),
     # The others (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base weights.
     "init_lora_weights": (
         "true (this method changes the base weights)",
@@ -107,12 +111,8 @@ _SETTINGS = {
     ),
 } | dict.fromkeys(
     (
-        "use_dora",
         "use_qalora",
         "use_bdlora",
-        "lora_bias",
-        "modules_to_save",
-        "trainable_token_indices",
         "target_parameters",
         "layer_replication",
         "alora_invocation_tokens",

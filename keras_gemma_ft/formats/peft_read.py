@@ -6,33 +6,25 @@ rsLoRA. Its r is that of its tensors. Its alpha stands under the first key of
 (peft/utils/other.py, `get_pattern_key`).
 """
 
-import json
+import dataclasses
 import pathlib
 import re
 
 import numpy as np
-import safetensors
 
 from keras_gemma_ft.config import UserError
-from keras_gemma_ft.formats import low_rank
+from keras_gemma_ft.formats import low_rank, peft_files, peft_whole
 from keras_gemma_ft.formats.names import MODULES, kernel_shapes
 from keras_gemma_ft.formats.peft_config import (
     CONFIG,
     SCALING,
     is_number,
     peft_config,
-    read_config,
 )
 from keras_gemma_ft.formats.peft_write import HEADER, WEIGHTS
-from keras_gemma_ft.formats.shards import FLOATS
 
 _TARGETS = {module: target for target, module in MODULES.items()}
-# "model." is absent where a Gemma2Model without head was tuned; ".default"
-# is an adapter name that older writers leave in.
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?:model\.)?layers\.(\d+)\."
-    r"(\w+\.\w+)\.lora_([AB])(?:\.default)?\.weight"
-)
+_KEY = re.compile(r"model\.layers\.(\d+)\.(\w+\.\w+)\.lora_([AB])\.weight")
 
 
 def read_peft(folder, backbone=None):
@@ -48,26 +40,25 @@ def read_peft(folder, backbone=None):
             adapters (their files do not tell heads), else only to check.
 
     Returns:
-        `low_rank.Adapter`.
+        `low_rank.Adapter`; of a folder that holds more than plain LoRA, a
+        `whole_change.WholeChange`.
 
     Raises:
         UserError: not such a folder, an adapter of another kind or for
             another model; every offending setting or tensor is listed.
     """
     folder = pathlib.Path(folder)
-    if not (folder / WEIGHTS).is_file():
-        raise _no_weights(folder)
-    config = read_config(folder)
-    tensors, own = _read_weights(folder)
-    pairs, wrong = _pairs(tensors)
+    files = peft_files.read(folder)
+    config, tensors, own = files.config, files.tensors, files.own
+    wrong = [*files.wrong, *peft_whole.missing(config, tensors)]
+    if not all(map(peft_whole.is_plain, tensors)):
+        return _whole(folder, config, tensors, backbone, wrong)
+    pairs, more = _pairs(tensors)
+    wrong += more
     if backbone:
         wrong += _misfits(pairs, backbone)
     if wrong:
-        raise UserError(
-            f"{folder / WEIGHTS} is not an adapter for this model:\n  "
-            + "\n  ".join(wrong)
-            + "\nCheck --preset, or export the adapter again."
-        )
+        raise _not_for_this_model(folder, wrong)
     if own:
         adapter = _own(folder, own, pairs, backbone)
         ranks = {_module(key): len(a) for key, (a, _) in pairs.items()}
@@ -83,42 +74,44 @@ def read_peft(folder, backbone=None):
     return _foreign(folder, config, pairs, backbone)
 
 
-def _no_weights(folder):
-    if (folder / "adapter_model.bin").is_file():
-        return UserError(
-            f"{folder} has only adapter_model.bin, a pickle, which can run "
-            "code when opened. Convert it: peft.PeftModel.from_pretrained("
-            "base, folder).save_pretrained(new, safe_serialization=True)"
+def is_whole(folder):
+    """Whether a folder holds more than plain LoRA: it is used merged only."""
+    files = peft_files.read(pathlib.Path(folder))
+    return not all(map(peft_whole.is_plain, files.tensors))
+
+
+def _not_for_this_model(folder, wrong):
+    return UserError(
+        f"{folder} is not an adapter for this model:\n  "
+        + "\n  ".join(wrong)
+        + "\nCheck --preset, or export the adapter again."
+    )
+
+
+def _whole(folder, config, tensors, backbone, wrong):
+    """What is more than plain LoRA, as a change of whole weights."""
+    if backbone is None:
+        raise UserError(
+            f"{folder} holds more than plain LoRA. Name the model it was "
+            "trained on with --preset."
         )
-    return UserError(f"{folder} has no {WEIGHTS}. Export the adapter again.")
+    doubts = []
+
+    def scale_of(module, rank):
+        if "mlx_scale" in config:
+            return config["mlx_scale"]
+        alpha = _alpha(folder, config, module, doubts)
+        return low_rank.scale(rank, alpha, config.get("use_rslora", False))
+
+    found, more = peft_whole.read_whole(tensors, config, backbone, scale_of)
+    if wrong or more:
+        raise _not_for_this_model(folder, wrong + more)
+    return dataclasses.replace(found, doubts=tuple(dict.fromkeys(doubts)))
 
 
 def _module(key):
     layer, target = key
     return f"model.layers.{layer}.{MODULES[target]}"
-
-
-def _read_weights(folder):
-    """All tensors as float32, and what `write_peft` noted of its own."""
-    path = folder / WEIGHTS
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            own = json.loads((file.metadata() or {}).get(HEADER, "null"))
-            kinds = {n: file.get_slice(n).get_dtype() for n in file.keys()}
-            wrong = [f"{n}: {k}" for n, k in kinds.items() if k not in FLOATS]
-            tensors = {n: file.get_tensor(n) for n in kinds if not wrong}
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"{path} is truncated or damaged ({error}). "
-            "Fetch or export the adapter again."
-        ) from error
-    if wrong:
-        raise UserError(
-            f"{path} holds tensors that are not {', '.join(FLOATS)}:\n  "
-            + "\n  ".join(wrong)
-            + "\nExport the adapter again without quantizing it."
-        )
-    return {n: t.astype("float32") for n, t in tensors.items()}, own
 
 
 def _pairs(tensors):
@@ -130,8 +123,6 @@ def _pairs(tensors):
             wrong.append(f"{name}: not a LoRA tensor of a Gemma 2 projection")
             continue
         half = halves.setdefault((int(match[1]), _TARGETS[match[2]]), {})
-        if match[3] in half:
-            wrong.append(f"{name}: there twice, under two names")
         half[match[3]] = value
         if value.ndim != 2 or not value.size:
             wrong.append(f"{name}: shape {value.shape}, expected a matrix")
@@ -235,9 +226,13 @@ def _foreign(folder, config, pairs, backbone):
     kernels = kernel_shapes(backbone)
     rank = max(len(a) for a, _ in pairs.values())
     alpha = float(config.get("lora_alpha", 8))
-    rslora = config.get("use_rslora", False)
+    rslora, doubts = config.get("use_rslora", False), []
     factors = {
-        key: low_rank.scale(len(a), _alpha(folder, config, key), rslora)
+        key: config["mlx_scale"]
+        if "mlx_scale" in config
+        else low_rank.scale(
+            len(a), _alpha(folder, config, _module(key), doubts), rslora
+        )
         for key, (a, _) in pairs.items()
     }
     common = low_rank.scale(rank, alpha, rslora)
@@ -261,17 +256,27 @@ def _foreign(folder, config, pairs, backbone):
         weights=weights,
         base=str(config.get("base_model_name_or_path") or ""),
         folded=fold,
+        doubts=tuple(dict.fromkeys(doubts)),
     )
 
 
-def _alpha(folder, config, key):
+def _alpha(folder, config, module, doubts):
+    """`lora_alpha` of a module: that of the first pattern that fits."""
+    fitting = {}
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
         try:
-            if re.match(rf"(.*\.)?({pattern})$", _module(key)):
-                return alpha
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                fitting[pattern] = alpha
         except re.error as error:
             raise UserError(
                 f"{folder / CONFIG}: alpha_pattern {pattern!r} is not a "
                 f"regular expression ({error}). Export the adapter again."
             ) from error
-    return config.get("lora_alpha", 8)
+    if len({*fitting.values()}) > 1:
+        doubts.append(
+            f"{folder / CONFIG}: several keys of alpha_pattern fit one module "
+            f"({', '.join(fitting)}), with different alphas. PEFT takes the "
+            f"first, and saves them sorted: what was trained may have had "
+            f"another order."
+        )
+    return next(iter(fitting.values()), config.get("lora_alpha", 8))

@@ -84,7 +84,7 @@ def _serialize(tensors, adapter):
     fields = {
         f.name: getattr(adapter, f.name)
         for f in dataclasses.fields(adapter)
-        if f.name not in ("weights", "folded")
+        if f.name not in ("weights", "folded", "doubts")
     }
     # In PEFT's matrices heads cannot be told apart. They are the first axis
     # of a Keras A, the second of a standard B.

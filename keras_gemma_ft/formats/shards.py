@@ -20,8 +20,16 @@ from keras_gemma_ft.formats.names import (
     variable_shapes,
 )
 
-# Tied to the embedding, or recomputed by the model: nothing to load.
-_IGNORED = re.compile(r"lm_head\.weight|.*rotary_emb\.inv_freq")
+# Recomputed by the model: nothing to load.
+_IGNORED = re.compile(r".*rotary_emb\.inv_freq")
+# What torch.compile, FSDP and DistributedDataParallel put into names.
+_WRAPPERS = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module"
+    r"|_checkpoint_wrapped_module)\.|^module\."
+)
+_TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Bytes of the table and the head that are compared at once.
+_COMPARED = 2**25
 # A file name and nothing else: no separators, no leading dot.
 _SHARD_NAME = re.compile(r"\w[\w.\-]*\.safetensors")
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -51,7 +59,10 @@ def read_tensors(folder):
 
 
 def find(folder):
-    """(backbone's sizes, {tensor name: shard that holds it}), all checked.
+    """(backbone's sizes, {tensor's name: (shard, its name there)}), checked.
+
+    Names are those of `names.py`, whatever wrappers have put into them. The
+    head is among them only where it differs from the token table.
 
     Arguments and errors as of `read_tensors`.
     """
@@ -59,16 +70,19 @@ def find(folder):
     backbone = backbone_config(read_json(folder / "config.json"))
     shards, listed = _shards(folder)
     wrong = []
-    found = {}  # tensor name -> shard that holds it
+    found = {}  # plain name -> (shard that holds it, name in the shard)
     expected = {
         name: shape
         for path, shape in variable_shapes(backbone).items()
         for name, shape in [_stored(path, shape, backbone["head_dim"])]
     }
+    optional = {_HEAD: expected[_TABLE]}
     for shard in shards:
         try:
             with safetensors.safe_open(folder / shard, "numpy") as file:
-                wrong += _check_shard(shard, file, expected, listed, found)
+                wrong += _check_shard(
+                    shard, file, expected | optional, listed, found
+                )
         except (OSError, safetensors.SafetensorError) as error:
             wrong.append(f"{shard}: missing, truncated or damaged ({error})")
     wrong += [f"{n}: missing" for n in expected if n not in found]
@@ -78,7 +92,33 @@ def find(folder):
             + "\n  ".join(wrong)
             + "\nFetch these files again, or check config.json."
         )
+    if _HEAD in found and _equal(folder, found):
+        del found[_HEAD]
     return backbone, found
+
+
+def _equal(folder, found):
+    """Whether the head is the token table; a part of each in memory."""
+    (one, left), (two, right) = (
+        (folder / shard, tensors.header(folder / shard)[0][name])
+        for shard, name in (found[_TABLE], found[_HEAD])
+    )
+    for x, y in zip(
+        tensors.parts(one, left, _COMPARED),
+        tensors.parts(two, right, _COMPARED),
+        strict=True,
+    ):
+        if not np.array_equal(x.astype("float32"), y.astype("float32")):
+            return False
+    return True
+
+
+def _plain(name):
+    """A tensor's name without what wrappers add, and with `model.`."""
+    name = _WRAPPERS.sub("", name)
+    if name.startswith(("layers.", "embed_tokens.", "norm.")):
+        return f"model.{name}"
+    return name
 
 
 def _stored(path, shape, head_dim):
@@ -89,22 +129,23 @@ def _stored(path, shape, head_dim):
 
 def _check_shard(shard, file, expected, listed, found):
     """Complaints about one shard's header; notes its tensors in `found`."""
-    for name in file.keys():
+    for raw in file.keys():
+        name = _plain(raw)
         if _IGNORED.fullmatch(name):
             continue
-        part = file.get_slice(name)
+        part = file.get_slice(raw)
         shape, dtype = tuple(part.get_shape()), part.get_dtype()
         if name not in expected:
             yield f"{name}: unexpected in {shard}"
         elif name in found:
-            yield f"{name}: in both {found[name]} and {shard}"
+            yield f"{name}: in both {found[name][0]} and {shard}"
         elif shape != expected[name]:
             yield f"{name}: shape {shape}, expected {expected[name]}"
         elif dtype not in FLOATS:
             yield f"{name}: dtype {dtype}, expected {' '.join(FLOATS)}"
-        elif listed.get(name, shard) != shard:
-            yield f"{name}: in {shard}, the index says {listed[name]}"
-        found.setdefault(name, shard)
+        elif listed.get(raw, shard) != shard:
+            yield f"{name}: in {shard}, the index says {listed[raw]}"
+        found.setdefault(name, (shard, raw))
 
 
 def _shards(folder):
@@ -139,10 +180,16 @@ def _shards(folder):
     return shards, listed
 
 
-def _stream(folder, found, head_dim):
-    headers = {
-        shard: tensors.header(folder / shard)[0] for shard in {*found.values()}
+def headers(folder, found):
+    """{shard: {name in it: entry}} of what `find` has found."""
+    return {
+        shard: tensors.header(folder / shard)[0]
+        for shard in {shard for shard, _ in found.values()}
     }
-    for name, shard in found.items():
-        array = tensors.read(folder / shard, headers[shard][name])
+
+
+def _stream(folder, found, head_dim):
+    held = headers(folder, found)
+    for name, (shard, raw) in found.items():
+        array = tensors.read(folder / shard, held[shard][raw])
         yield to_keras(name, array, head_dim=head_dim)

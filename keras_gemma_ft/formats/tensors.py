@@ -62,6 +62,19 @@ def read(path, entry):
     return data.view(dtype).reshape(shape)
 
 
+def parts(path, entry, limit):
+    """Yields a tensor's numbers in order, flat, at most `limit` bytes at once.
+
+    Arguments and errors as of `read`.
+    """
+    dtype, shape, place = entry
+    left, step = math.prod(shape), max(1, limit // dtype.itemsize)
+    while left:
+        count = min(step, left)
+        yield read(path, (dtype, (count,), place))
+        place, left = place + count * dtype.itemsize, left - count
+
+
 def checksum(array):
     """CRC-32 of an array's bytes."""
     return zlib.crc32(_bytes(array))

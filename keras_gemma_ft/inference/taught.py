@@ -1,8 +1,13 @@
 """A base model and its adapter, set up the way the adapter was taught."""
 
 from keras_gemma_ft import runtime
-from keras_gemma_ft.formats import adapters, usage
-from keras_gemma_ft.model import base_template, lora, presets
+from keras_gemma_ft.formats import adapters, models, usage
+from keras_gemma_ft.model import (
+    base_template,
+    lora,
+    preset_source,
+    presets,
+)
 
 
 def load(cfg, *, adapter=True, records=False):
@@ -22,15 +27,41 @@ def load(cfg, *, adapter=True, records=False):
         config.UserError: the base or the adapter is not what it should be.
     """
     cfg = usage.settle(cfg, runtime.say, records=records)
-    loaded = presets.open(cfg)
+    change = whole(cfg)
+    loaded = presets.open(cfg, change=change if adapter else None)
     cfg = base_template.settle(cfg, loaded.tokenizer)
     backbone = loaded.causal_lm.backbone
-    if cfg.adapter and adapter:
-        lora.load(backbone, cfg.adapter)
-    elif cfg.adapter:
-        adapters.read(cfg.adapter, backbone.get_config())
+    if change is None and cfg.adapter:
+        found = adapters.read(cfg.adapter, backbone.get_config())
+        say_doubts(found)
+        if adapter:
+            lora.put(backbone, found)
     say_doubt(cfg, loaded)
     return cfg, loaded
+
+
+def whole(cfg):
+    """What `cfg.adapter` changes, if it can be merged only; else None.
+
+    Raises:
+        config.UserError: it is not for this base.
+    """
+    if not (cfg.adapter and adapters.is_whole(cfg.adapter)):
+        return None
+    sizes = models.open(preset_source.folder(cfg.preset)).backbone
+    change = adapters.read(cfg.adapter, sizes)
+    say_doubts(change)
+    runtime.say(
+        f"{cfg.adapter} holds {', '.join(change.kinds)}: it is merged into "
+        f"the base as that is read"
+    )
+    return change
+
+
+def say_doubts(adapter):
+    """Says what is doubtful about an adapter's files."""
+    for doubt in adapter.doubts:
+        runtime.say(f"warning: {doubt}")
 
 
 def say_doubt(cfg, loaded):

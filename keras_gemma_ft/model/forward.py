@@ -104,7 +104,7 @@ def hidden_states(
 
 def logits(backbone, hidden):
     """Soft-capped float32 logits [..., V] of hidden states [..., d]."""
-    table = tables.of(backbone)
+    table = tables.head(backbone)
     return tables.logits(hidden, table, backbone.final_logit_soft_cap)
 
 

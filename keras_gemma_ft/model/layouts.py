@@ -34,7 +34,7 @@ def layout(path, shape, mesh):
     kernel = re.search(r"(\w+)/(?:kernel|codes|absmax)$", path)
     role = kernel[1] if kernel else ""
     # Stored in 8 bits: codes, and a step of each word.
-    if re.search(r"token_embedding/(?:embeddings|codes|step)$", path):
+    if re.search(r"token_embedding/(?:embeddings|head|codes|step)$", path):
         # Words over the axis that is there: fewest bytes moved at the head.
         wanted = [MODEL, BATCH] if size[MODEL] > 1 else [BATCH, None]
     elif role in ("query", "key", "value"):

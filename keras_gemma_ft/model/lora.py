@@ -172,9 +172,14 @@ def load(backbone, path):
         The `formats.adapters.Adapter`.
     """
     adapter = adapters.read(path, backbone.get_config())
+    put(backbone, adapter)
+    return adapter
+
+
+def put(backbone, adapter):
+    """Turns LoRA on with an adapter that has been read."""
     enable(backbone, settings_of(adapter))
     write(backbone, adapter)
-    return adapter
 
 
 def settings_of(adapter):

@@ -6,6 +6,7 @@ A name is the embedded model, a KerasHub preset, a handle (`kaggle://`,
 
 import collections
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -18,27 +19,31 @@ from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import tokens
 from keras_gemma_ft.formats import (
     huggingface,
+    models,
     names,
     shards,
     tokenizer_folder,
 )
+from keras_gemma_ft.formats.whole_change import HEAD
 from keras_gemma_ft.model import (
     base_template,
     cache,
     preset_source,
     sharding,
+    tables,
     weights,
 )
 
 Loaded = collections.namedtuple("Loaded", "causal_lm tokenizer fingerprint")
 
 
-def open(cfg, *, full=False):
+def open(cfg, *, full=False, change=None):
     """Loads `cfg.preset` in the dtype and on the mesh that suit the device.
 
     Args:
         cfg: `config.Config`.
         full: whether the weights themselves are trained: they stay float32.
+        change: as of `load`.
 
     Returns:
         `Loaded`.
@@ -52,7 +57,7 @@ def open(cfg, *, full=False):
     if cfg.lora.init != "default":
         # Adapters that start from the kernels must see them first.
         model = dataclasses.replace(model, quantize="none")
-    loaded = load(cfg.preset, dtype=dtype, model=model)
+    loaded = load(cfg.preset, dtype=dtype, model=model, change=change)
     backbone = loaded.causal_lm.backbone
     runtime.say(
         f"model: {cfg.preset}, {parameters(backbone):,} parameters, "
@@ -86,13 +91,15 @@ def _bytes(preset, dtype):
     return width * sum(map(math.prod, shapes.values()))
 
 
-def load(preset, *, dtype="float32", model=config.Model()):
+def load(preset, *, dtype="float32", model=config.Model(), change=None):
     """Loads a Gemma 2 and its tokenizer.
 
     Args:
         preset: see the module's docstring.
         dtype: Keras dtype policy of the weights and the computation.
         model: how weights are stored, and where they are kept so.
+        change: `formats.whole_change.WholeChange` that is merged into the
+            weights as they are read.
 
     Returns:
         `Loaded(causal_lm, tokenizer, fingerprint)`: a `GemmaCausalLM` without
@@ -109,7 +116,15 @@ def load(preset, *, dtype="float32", model=config.Model()):
             f"'float32' (~/.keras/keras.json) and use --model.dtype instead."
         )
     source = preset_source.resolve(preset)
-    backbone, fingerprint = _backbone(source, dtype, model)
+    if change is not None:
+        source = preset_source.folder(preset)
+        read = functools.partial(_read_changed, change=change)
+        modes = model.quantize, model.quantize_embedding
+        backbone, fingerprint = weights.once(
+            source, lambda: read(source, dtype), *modes
+        )
+    else:
+        backbone, fingerprint = _backbone(source, dtype, model)
     backbone.preset = preset
     if preset_source.is_huggingface(source):
         settings = huggingface.read_json(source / "config.json")
@@ -199,22 +214,46 @@ def _from_keras_hub(source, dtype, load_weights=True):
 def _read_huggingface(folder, dtype):
     """A backbone filled from safetensors, one tensor in memory at a time."""
     stream = shards.read_tensors(folder)
-    backbone = _huggingface_backbone(folder, dtype)
-    variables = {
-        v.path.removeprefix(f"{backbone.name}/"): v for v in backbone.variables
-    }
-    for path, array in progress(stream, len(variables), "loading"):
-        variables[path].assign(array)
-    return backbone
+    return _filled(_huggingface_backbone(folder, dtype), stream)
 
 
 def _huggingface_backbone(folder, dtype):
-    settings = huggingface.backbone_config(
-        huggingface.read_json(folder / "config.json")
-    )
+    sizes, found = shards.find(folder)
+    return _build(sizes, dtype, "lm_head.weight" in found)
+
+
+def _read_changed(folder, dtype, change):
+    """A backbone of a folder's weights with a change in them."""
+    model = models.Merged(models.open(folder), change)
+    backbone = _build(model.backbone, dtype, HEAD in model.paths)
+    stream = ((path, model.read(path)) for path in model.paths)
+    return _filled(backbone, stream)
+
+
+def _build(sizes, dtype, headed):
+    """A backbone of these sizes, with a head of its own if it is `headed`."""
+    settings = dict(sizes)
     scalar = settings.pop("query_pre_attn_scalar")
     backbone = keras_hub.models.GemmaBackbone(**settings, dtype=dtype)
     backbone.query_pre_attn_scalar = scalar
+    if headed:
+        tables.add_head(backbone)
+        runtime.say(
+            "the model has a head of its own (lm_head.weight), which is not "
+            "its token table; it is used, and not trained"
+        )
+    return backbone
+
+
+def _filled(backbone, stream):
+    """Gives a backbone its variables, as a stream of (Keras path, array)."""
+    variables = {
+        v.path.removeprefix(f"{backbone.name}/"): v for v in backbone.variables
+    }
+    if (head := getattr(backbone.token_embedding, "head", None)) is not None:
+        variables[HEAD] = head
+    for path, array in progress(stream, len(backbone.variables), "loading"):
+        variables[path].assign(array)
     return backbone
 
 

@@ -23,6 +23,27 @@ def of(backbone):
     return ops.convert_to_tensor(layer.embeddings)
 
 
+def head(backbone):
+    """The matrix that the head multiplies by: the table, or its own [V, d]."""
+    own = getattr(backbone.token_embedding, "head", None)
+    return of(backbone) if own is None else ops.convert_to_tensor(own)
+
+
+def add_head(backbone):
+    """Gives a backbone a head of its own, frozen; returns its variable.
+
+    KerasHub's Gemma has none. The token table's layer holds it, so that it is
+    among the backbone's variables.
+    """
+    layer = backbone.token_embedding
+    layer._tracker.unlock()
+    layer.head = layer.add_weight(
+        name="head", shape=layer.embeddings.shape, trainable=False
+    )
+    layer._tracker.lock()
+    return layer.head
+
+
 def trained(backbone):
     """Whether the table is trained."""
     own = backbone.token_embedding._embeddings

@@ -20,7 +20,7 @@ def sft(
     """Token-weighted cross-entropy (supervised fine-tuning).
 
     Args:
-        backbone: gives the tied table and the logits' soft cap.
+        backbone: gives the head's table and the logits' soft cap.
         hidden: [B, T, d] final hidden states.
         y: int [B, T], the next tokens.
         sample_weight: float32 [B, T]; the pipeline has normalised it, so that
@@ -35,7 +35,7 @@ def sft(
     """
     losses = loss.token_loss(
         hidden,
-        tables.of(backbone),
+        tables.head(backbone),
         y,
         sample_weight,
         cap=backbone.final_logit_soft_cap,
