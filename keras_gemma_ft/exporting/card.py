@@ -146,7 +146,7 @@ def _load(what, folder, source, address):
         "targets": [],
         "vllm": "",
     }
-    if source.adapter:
+    if isinstance(source.adapter, low_rank.Adapter):
         fields["rank"] = low_rank.stock_rank(source.adapter)
         fields["targets"] = list(source.adapter.targets)
     if what == "peft":

@@ -6,6 +6,7 @@ from keras_gemma_ft import config, runtime
 from keras_gemma_ft.checking import probes, verification, witnesses
 from keras_gemma_ft.exporting import card, push, sources, writers
 from keras_gemma_ft.formats import atomic, usage
+from keras_gemma_ft.formats.whole_change import WholeChange
 
 # What lies in every export: what was compared, and the mark that it is ours.
 RECORD = "export.json"
@@ -89,8 +90,23 @@ def _size(what, source, cfg):
 
 
 def _refuse(formats, source):
-    """UserError if a format is of an adapter, and there is none."""
+    """UserError if a format cannot hold what there is; nothing is written."""
     small = [what for what in formats if not config.FORMATS[what]]
+    if isinstance(source.adapter, WholeChange):
+        kinds = ", ".join(source.adapter.kinds)
+        if source.adapter.biases:
+            raise config.UserError(
+                f"{source.cfg.adapter} adds biases to projections ({kinds}), "
+                f"and Gemma 2's have none that they could be merged into. "
+                f"`generate` and `evaluate` use it as it is; elsewhere it is "
+                f"served by PEFT."
+            )
+        if small:
+            raise config.UserError(
+                f"--export.format={','.join(small)}: {source.cfg.adapter} "
+                f"holds {kinds}, and can be merged only: "
+                f"--export.format=merged_hf."
+            )
     if source.adapter is None and small:
         whole = [what for what, base in config.FORMATS.items() if base]
         raise config.UserError(

@@ -212,6 +212,7 @@ def _check(parts):
     """Refuses weights that are no numbers, and adapters of other models."""
     if not parts:
         raise UserError("nothing to combine: name at least one adapter.")
+    check_plain(adapter for adapter, _ in parts)
     wrong = [
         f"weight {weight} of adapter {number}: expected a finite number."
         for number, (_, weight) in enumerate(parts, 1)
@@ -230,6 +231,17 @@ def _check(parts):
         raise UserError(
             "These adapters cannot be added up:\n  " + "\n  ".join(wrong)
         )
+
+
+def check_plain(adapters):
+    """UserError if one of the adapters is more than LoRA: merged only."""
+    for adapter in adapters:
+        if not isinstance(adapter, low_rank.Adapter):
+            raise UserError(
+                f"an adapter for {adapter.base or 'its base'} holds "
+                f"{', '.join(adapter.kinds)}, and can be merged into its base "
+                f"only: export --adapter=FOLDER --format=merged_hf."
+            )
 
 
 def _kernel(style, target, a, b):

@@ -180,6 +180,7 @@ def load(cfg, *, records=False):
         name: adapters.read(path, backbone.get_config())
         for name, path in names.items()
     }
+    combine.check_plain(held.values())
     for own in settled if found else ():
         taught.say_doubt(own, model)
     ways = {**dict(zip(names, settled)), base: first}

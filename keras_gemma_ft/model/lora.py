@@ -254,6 +254,9 @@ def project(backbone, block, frozen, x, *, seed=None):
             u = ops.reshape(low[name], (-1, b.shape[0]))
             delta = kernels.matmul(u, ops.cast(scale(backbone), b.dtype) * b)
             y = y + ops.reshape(delta, (-1, y.shape[-1]))
+        bias = getattr(layer(block, name), "added_bias", None)
+        if bias is not None:
+            y = y + ops.cast(bias, y.dtype)
         outputs.append(ops.reshape(kernels.barrier(y), (*shape, y.shape[-1])))
     return outputs
 

@@ -27,6 +27,7 @@ from keras_gemma_ft.formats import (
 from keras_gemma_ft.formats.whole_change import HEAD
 from keras_gemma_ft.model import (
     base_template,
+    biases,
     cache,
     preset_source,
     sharding,
@@ -123,6 +124,7 @@ def load(preset, *, dtype="float32", model=config.Model(), change=None):
         backbone, fingerprint = weights.once(
             source, lambda: read(source, dtype), *modes
         )
+        biases.add(backbone, change.biases)
     else:
         backbone, fingerprint = _backbone(source, dtype, model)
     backbone.preset = preset

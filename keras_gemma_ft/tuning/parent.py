@@ -43,6 +43,13 @@ def settle(cfg, backbone):
     if not cfg.adapter:
         return cfg
     adapter = adapters.read(cfg.adapter, backbone)
+    if not isinstance(adapter, adapters.Adapter):
+        raise config.UserError(
+            f"--adapter={cfg.adapter} holds {', '.join(adapter.kinds)}, which "
+            f"is not trained here. Merge it, and tune what comes out: export "
+            f"--adapter={cfg.adapter} --format=merged_hf --to=FOLDER, then "
+            f"train --preset=FOLDER/merged_hf."
+        )
     typed = config.typed(cfg)
     wrong = [*_contradictions(cfg, adapter, typed)]
     if adapter.folded:
