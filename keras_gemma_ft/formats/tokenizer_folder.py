@@ -5,6 +5,7 @@ out, or put tokens of their own behind it: into `tokenizer.json`, into
 `added_tokens_decoder` of `tokenizer_config.json`, or into `added_tokens.json`.
 """
 
+import json
 import re
 from typing import NamedTuple
 
@@ -56,10 +57,7 @@ def read(folder, *, template=""):
             files contradict each other.
     """
     if not is_huggingface(folder):
-        for name in ("assets/tokenizer/vocabulary.spm", "tokenizer.model"):
-            if (folder / name).is_file():
-                return Vocabulary((folder / name).read_bytes())
-        raise _none(folder)
+        return _of_keras(folder)
     files = added_tokens.files(folder)
     added = added_tokens.read(files)
     if files.proto is not None:
@@ -89,6 +87,37 @@ def read(folder, *, template=""):
 
 # A name in brackets, such as <|im_end|> and [INST].
 _MARK = re.compile(r"[<\[{|]\S*[>\]}|]")
+
+
+def keep(folder, *, stops, named):
+    """Writes beside a Keras preset what its vocabulary does not say.
+
+    Args:
+        folder: `pathlib.Path`.
+        stops, named: as of `Vocabulary`.
+    """
+    told = {"eos_token_id": sorted(stops)}
+    (folder / _ENDS).write_text(json.dumps(told) + "\n", "utf-8")
+    (folder / _CALLED).write_text(json.dumps(named) + "\n", "utf-8")
+
+
+# Of Hugging Face's format; KerasHub passes them over.
+_ENDS, _CALLED = "generation_config.json", "special_tokens_map.json"
+
+
+def _of_keras(folder):
+    """`Vocabulary` of a Keras preset, with what `keep` has written."""
+    for name in ("assets/tokenizer/vocabulary.spm", "tokenizer.model"):
+        if not (folder / name).is_file():
+            continue
+        proto = (folder / name).read_bytes()
+        if not (folder / _ENDS).is_file():
+            return Vocabulary(proto)
+        files = added_tokens.files(folder)._replace(config={})
+        pieces = enumerate(parse(proto).pieces)
+        stops, said = _stops(files, {piece.piece: id for id, piece in pieces})
+        return Vocabulary(proto, stops, files.named(), tuple(said))
+    raise _none(folder)
 
 
 def _none(folder):
