@@ -3,18 +3,27 @@
 import json
 import shutil
 
+import keras
 import numpy as np
 import pytest
 import tiny
+from keras import ops
 from test_data_tokens import train_vocabulary
 
 from keras_gemma_ft import config
 from keras_gemma_ft.config import UserError
-from keras_gemma_ft.data import chat_template, templates, tokens
+from keras_gemma_ft.data import chat_template, layouts, templates, tokens
 from keras_gemma_ft.formats import tokenizer_files, usage
 from keras_gemma_ft.inference import chat, sampling
-from keras_gemma_ft.model import base_template, preset_source, presets
+from keras_gemma_ft.model import (
+    base_template,
+    forward,
+    preset_source,
+    presets,
+)
+from keras_gemma_ft.tuning import trainer
 
+torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 CHATML = """\
 {{ bos_token }}{% for message in messages %}
@@ -111,7 +120,7 @@ def test_ten_chats_as_transformers_asks_them(chatml, loaded, lines):
     assert loaded.causal_lm.backbone.vocabulary_size == 352
     cfg = base_template.settle(settings(chatml), loaded.tokenizer)
     assert cfg.data.template == str(chatml / "chat_template.jinja")
-    assert "chat_template.jinja (Gemma's turns: --data.template=" in lines[0]
+    assert f"which is used: --data.template={cfg.data.template} " in lines[0]
     template = templates.load(cfg.data.template, loaded.tokenizer)
     for asked in CHATS:
         want = theirs.apply_chat_template(
@@ -162,8 +171,6 @@ def test_what_is_learned_ends_in_the_folders_end(chatml, loaded):
     )
     asked = [turn("user", "two?"), turn("assistant", "four")]
     record = {"messages": asked}
-    from keras_gemma_ft.data import layouts
-
     layout = layouts.recognise([record], config.Data())
     found = templates.render(record, layout, template)
     [example] = tokens.encode([found], loaded.tokenizer)
@@ -175,16 +182,10 @@ def test_what_is_learned_ends_in_the_folders_end(chatml, loaded):
 def test_the_model_computes_what_transformers_does(chatml, loaded):
     ours = loaded.tokenizer
     ids = np.array([[2, ours.id("<|im_start|>"), *ours.encode("w\u00f6rd x")]])
-    import torch
-
     want = tiny.witness(chatml)(torch.tensor(ids)).logits.detach().numpy()
     found = loaded.causal_lm.backbone(
         {"token_ids": ids, "padding_mask": np.ones_like(ids)}
     )
-    from keras import ops
-
-    from keras_gemma_ft.model import forward
-
     found = ops.convert_to_numpy(
         forward.logits(loaded.causal_lm.backbone, found)
     )
@@ -344,9 +345,7 @@ def test_a_run_remembers_the_template(chatml, tmp_path, capsys, rank):
     }
     known = config.flatten(config.Config())
     values = {k: v for k, v in values.items() if k in known}
-    from keras_gemma_ft.tuning import trainer
-
-    trainer.run(settings(chatml, **values), "any")
+    trainer.run(settings(chatml, **values), keras.config.backend())
     err = capsys.readouterr().err
     assert "a chat template of its own" in err
     assert (

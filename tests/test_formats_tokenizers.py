@@ -363,6 +363,42 @@ def test_added_tokens_are_pieces(proto, tmp_path, alone):
     assert ours.named["eos_token"] == "<|im_end|>"
 
 
+def test_added_tokens_are_written_again(proto, tmp_path):
+    """As of a model that was tuned here and is exported."""
+    theirs = added(
+        proto,
+        tmp_path,
+        alone=True,
+        special=["<|im_start|>", "<|im_end|>"],
+        plain=["w\u00f6rd", "two words", "<tool>"],
+    )
+    read = tokenizer_folder.read(tmp_path)
+    model = tokenizer_files.parse(read.proto)
+    model.pieces.add(piece="[PAD]", score=0.0, type=5)
+    model.pieces.add(piece="<last>", score=0.0, type=4)
+    proto = model.SerializeToString()
+    again = tmp_path / "again"
+    again.mkdir()
+    tokenizer_files.write_tokenizer(again, proto, chat_template="")
+    config = {"model_type": "gemma2", "vocab_size": ROWS}
+    (again / "config.json").write_text(json.dumps(config))
+    written = transformers.AutoTokenizer.from_pretrained(again)
+    assert len(written) == len(theirs) + 2
+    ours = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    marks = "<|im_start|>w\u00f6rd<|im_end|>\n", "x <last> y"
+    for text in (*texts(), "a two words b<tool>", *marks):
+        ids = written(text, add_special_tokens=False).input_ids
+        if "<|" not in text:
+            assert ids == ours.encode(text), repr(text)
+        if "<last>" not in text:
+            assert ids == theirs(text, add_special_tokens=False).input_ids
+    # Both files are of one vocabulary, which is what was written.
+    assert tokenizer_folder.read(again).proto == proto
+    (again / "tokenizer.model").unlink()
+    found = tokenizer_files.parse(tokenizer_folder.read(again).proto).pieces
+    assert [p.piece for p in found] == [p.piece for p in model.pieces]
+
+
 FILES = {
     "added_tokens.json": lambda id: {"<x>": id},
     "tokenizer_config.json": lambda id: {

@@ -113,10 +113,11 @@ def tokenizer_json(model):
     _check(model)
     named = _named(model)
     special = {*named.values(), *_TURNS}
+    texts = [*map(_text, model.pieces)]
     added = [
         {
             "id": id,
-            "content": piece.piece,
+            "content": texts[id],
             "single_word": False,
             "lstrip": False,
             "rstrip": False,
@@ -161,10 +162,22 @@ def tokenizer_json(model):
             "fuse_unk": True,
             "byte_fallback": True,
             "ignore_merges": False,
-            "vocab": {p.piece: id for id, p in enumerate(model.pieces)},
+            "vocab": {text: id for id, text in enumerate(texts)},
             "merges": merges(model.pieces),
         },
     }
+
+
+def _text(piece):
+    """A piece as transformers looks for it: in a text whose spaces are spaces.
+
+    But not a run of spaces: there Google's file, too, has the blocks, and
+    merges of blocks make it.
+    """
+    run = not piece.piece.strip(SPACE)
+    if piece.type != USER_DEFINED or run:
+        return piece.piece
+    return piece.piece.replace(SPACE, " ")
 
 
 def _check(model):
@@ -225,7 +238,7 @@ def merges(pieces):
     found = {p.piece for p in pieces if p.type in kinds}
     told = []
     for piece in pieces:
-        if piece.type not in kinds:
+        if piece.type not in kinds or _text(piece) != piece.piece:
             continue
         text, early = piece.piece, piece.type == USER_DEFINED
         for i in range(len(text) - 1, 0, -1):

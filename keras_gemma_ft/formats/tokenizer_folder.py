@@ -73,7 +73,7 @@ def read(folder, *, template=""):
     ids = {piece.piece: id for id, piece in enumerate(model.pieces)}
     stops, more = _stops(files, ids)
     said += [*more, *_unknown(files, ids)]
-    for id in changed:
+    for id in filter(changed.get, changed):
         piece = model.pieces[id]
         # A new line may end an answer, and is text all the same.
         if piece.type == USER_DEFINED and _MARK.fullmatch(piece.piece):
@@ -147,7 +147,9 @@ def _agree(model, files, added):
         name = added[id].text if id in added else names.get(id, piece.piece)
         if names and id not in names and id not in added:
             name = None
-        if name == piece.piece or (piece.piece, name) == ("<0x09>", "\t"):
+        if piece.piece in (name, _as_piece(name)):
+            continue
+        if (piece.piece, name) == ("<0x09>", "\t"):
             continue
         if name is None or piece.type not in (CONTROL, USER_DEFINED):
             wrong.append(f"{id}: {piece.piece!r} there, {name!r} here")
@@ -174,35 +176,47 @@ def _agree(model, files, added):
         )
 
 
+def _as_piece(text):
+    """A text as SentencePiece has it; None of None."""
+    return text and text.replace(" ", SPACE)
+
+
 def _put(model, added):
     """Gives a `ModelProto` its added tokens, at their ids.
 
     Returns:
-        List of the ids that it did not have so.
+        ({id: whether it is a new token} of the ids that it did not have so).
 
     Raises:
         UserError: one has the name of another piece, or takes white space
             from the text beside it, which no SentencePiece model does.
     """
     ids = {piece.piece: id for id, piece in enumerate(model.pieces)}
-    wrong, changed = [], []
-    for id, (text, special, file) in added.items():
-        kind = CONTROL if special else USER_DEFINED
-        text = text if special else text.replace(" ", SPACE)
-        if ids.get(text, id) != id:
-            wrong.append(f"{file}: {id} is {text!r}, which is {ids[text]} too")
-            continue
+    size, wrong, changed = len(ids), [], {}
+    for id, (text, special, file, beside) in added.items():
+        # White space is text, whatever a tool calls special.
+        control = special and text.strip(f"{SPACE} \n\r\t")
+        text = text if control else _as_piece(text)
         while len(model.pieces) <= id:
             # A row that no token has, by the name that llama.cpp gives it.
             name = f"[PAD{len(model.pieces)}]"
             model.pieces.add(piece=name, score=0.0, type=UNUSED)
         piece = model.pieces[id]
-        if piece.piece != text or piece.type in (NORMAL, UNUSED):
-            piece.piece, piece.type, piece.score = text, kind, 0.0
-            ids[text] = id
-            changed.append(id)
+        if piece.piece == text and piece.type not in (NORMAL, UNUSED):
+            continue
+        if ids.get(text, id) != id:
+            wrong.append(f"{file}: {id} is {text!r}, which is {ids[text]} too")
+        if beside and text != "<mask>":
+            wrong.append(
+                f"{file}: {text!r} has {', '.join(beside)}; expected a token "
+                "that leaves the text beside it alone"
+            )
+        changed[id] = id >= size or piece.piece != text
+        kind = CONTROL if control else USER_DEFINED
+        piece.piece, piece.type, piece.score = text, kind, 0.0
+        ids[text] = id
     if wrong:
-        raise UserError(complaint("Two tokens have one name", wrong))
+        raise UserError(complaint("The added tokens cannot be followed", wrong))
     model.trainer_spec.vocab_size = len(model.pieces)
     return changed
 
