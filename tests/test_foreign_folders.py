@@ -149,6 +149,15 @@ def test_a_user_cannot_open_a_turn(chatml, loaded):
     assert typed in ours.decode(example.token_ids)
 
 
+def test_prepared_rows_are_of_the_names_too(loaded):
+    ours = loaded.tokenizer
+    other = tokens.Tokenizer(ours.proto, named={"eos_token": "<eos>"})
+    assert ours.named["eos_token"] == "<|im_end|>"
+    assert other.fingerprint != ours.fingerprint
+    again = tokens.Tokenizer(ours.proto, named=ours.named)
+    assert again.fingerprint == ours.fingerprint
+
+
 def test_answers_end_where_the_folder_says(chatml, loaded):
     generate = config.Generate(max_new_tokens=5)
     ours = loaded.tokenizer
@@ -329,6 +338,14 @@ def test_a_chat_uses_the_template(chatml, monkeypatch, capsys):
 
 @pytest.mark.parametrize("rank", [4, 0])
 def test_a_run_remembers_the_template(chatml, tmp_path, capsys, rank):
+    source = (chatml / "chat_template.jinja").read_text()
+    if not rank:
+        # As tools of before 2025 have it.
+        chatml = shutil.copytree(chatml, tmp_path / "older")
+        (chatml / "chat_template.jinja").unlink()
+        told = json.loads((chatml / "tokenizer_config.json").read_text())
+        told["chat_template"] = source
+        (chatml / "tokenizer_config.json").write_text(json.dumps(told))
     records = tmp_path / "r.jsonl"
     records.write_text('{"prompt": "two?", "response": "four"}\n' * 8)
     values = {
@@ -354,7 +371,7 @@ def test_a_run_remembers_the_template(chatml, tmp_path, capsys, rank):
     folder = tmp_path / "run" / ("adapter" if rank else "model")
     travels = usage.read(folder)
     assert travels.told["settings"]["data.template"] == usage.JINJA
-    assert travels.jinja == (chatml / "chat_template.jinja").read_text()
+    assert travels.jinja == source
     if not rank:
         # The whole model is a Keras preset with the tokens and their meaning.
         again = presets.load(str(folder)).tokenizer
