@@ -247,6 +247,29 @@ def test_the_tab_of_gemmas_first_files(proto, written, tmp_path):
     assert tokenizer_folder.read(folder) == tokenizer_folder.Vocabulary(proto)
 
 
+def test_ids_that_googles_tokenizer_gave(tmp_path):
+    """Where the real vocabulary is at hand, as tokenizer.model or alone."""
+    golden = SHARED / "gemma_tokenizer_golden" / "golden_all.jsonl"
+    if not golden.exists():
+        pytest.skip("shared data is absent")
+    # Gemma's has 4 MB.
+    real = [p for p in SHARED.rglob("*.model") if p.stat().st_size > 4_000_000]
+    if not real:
+        pytest.skip("the vocabulary of Gemma 2 is not at hand")
+    proto = real[0].read_bytes()
+    told = tokenizer_files.tokenizer_json(tokenizer_files.parse(proto))
+    folder = folder_of(told, tmp_path / "alone")
+    config = {"model_type": "gemma2", "vocab_size": 256_000}
+    (folder / "config.json").write_text(json.dumps(config))
+    ours = sentencepiece.SentencePieceProcessor(
+        model_proto=tokenizer_folder.read(folder).proto
+    )
+    lines = map(json.loads, golden.read_bytes().splitlines())
+    for line in (line for line in lines if line["tokenizer"] == "gemma1_2"):
+        if "<pad>" not in line["text"]:
+            assert ours.encode(line["text"]) == line["ids"], line["text"]
+
+
 @pytest.mark.parametrize(
     "part, value, words",
     [
@@ -379,11 +402,13 @@ def test_added_tokens_are_written_again(proto, tmp_path):
     proto = model.SerializeToString()
     again = tmp_path / "again"
     again.mkdir()
-    tokenizer_files.write_tokenizer(again, proto, chat_template="")
+    named = {"eos_token": "<|im_end|>"}
+    tokenizer_files.write_tokenizer(again, proto, chat_template="", named=named)
     config = {"model_type": "gemma2", "vocab_size": ROWS}
     (again / "config.json").write_text(json.dumps(config))
     written = transformers.AutoTokenizer.from_pretrained(again)
     assert len(written) == len(theirs) + 2
+    assert written.eos_token == "<|im_end|>"
     ours = sentencepiece.SentencePieceProcessor(model_proto=proto)
     marks = "<|im_start|>w\u00f6rd<|im_end|>\n", "x <last> y"
     for text in (*texts(), "a two words b<tool>", *marks):

@@ -45,7 +45,7 @@ def parse(proto):
     return model
 
 
-def write_tokenizer(folder, proto, *, chat_template):
+def write_tokenizer(folder, proto, *, chat_template, named=None):
     """Writes the tokenizer's files of a model in Hugging Face's format.
 
     They are `tokenizer.model`, `tokenizer.json`, `tokenizer_config.json`,
@@ -55,14 +55,17 @@ def write_tokenizer(folder, proto, *, chat_template):
     Args:
         folder: where to; it is there already.
         proto: bytes of a SentencePiece BPE model.
-        chat_template: Jinja source; see `chat_template.of`.
+        chat_template: Jinja source; see `data.chat_template.of`.
+        named: {"eos_token": "<|im_end|>", ...}: what the template calls
+            tokens, where the vocabulary's own settings name others.
 
     Raises:
         UserError: `proto` is no such model.
     """
     folder, model = pathlib.Path(folder), parse(proto)
     whole = tokenizer_json(model)
-    named = {f"{role}_token": piece for role, piece in _named(model).items()}
+    own = {f"{role}_token": piece for role, piece in _named(model).items()}
+    named = {**own, **(named or {})}
     settings = {
         "tokenizer_class": "GemmaTokenizer",
         "add_bos_token": True,
