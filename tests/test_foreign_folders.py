@@ -368,6 +368,7 @@ def test_a_run_remembers_the_template(chatml, tmp_path, capsys, rank):
     assert (
         "<|im_start|>assistant" in err and "\u27e6four<|im_end|>\u27e7" in err
     )
+    assert "<|im_end|>: 2, 1 learned" in err
     folder = tmp_path / "run" / ("adapter" if rank else "model")
     travels = usage.read(folder)
     assert travels.told["settings"]["data.template"] == usage.JINJA

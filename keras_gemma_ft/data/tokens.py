@@ -131,6 +131,13 @@ class Tokenizer:
             "--data.template='Question: {prompt}\\nAnswer: {response}'"
         )
 
+    def name(self, id):
+        """The name of a control token, or a piece as it is written."""
+        for known in (EOS, BOS, PAD):
+            if self._named[known] == id:
+                return known
+        return self._model.id_to_piece(int(id))
+
     @property
     def pad(self):
         """The id that fills rows; 0 where the vocabulary has no `<pad>`."""
