@@ -31,6 +31,7 @@ CHATS = [
     [turn("developer", "Be brief."), turn("user", "é 😀 'a' \"b\" {{ c }}")],
     [turn("user", "two?"), turn("model", "four"), turn("user", "and?")],
     [turn("system", "Be brief."), turn("system", "Be kind."), turn("user", "")],
+    [turn("system", ""), turn("user", "two?"), turn("user", "and three?")],
 ]
 
 

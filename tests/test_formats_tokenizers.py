@@ -247,6 +247,29 @@ def test_the_tab_of_gemmas_first_files(proto, written, tmp_path):
     assert tokenizer_folder.read(folder) == tokenizer_folder.Vocabulary(proto)
 
 
+def test_ids_that_googles_tokenizer_gave(tmp_path):
+    """Where the real vocabulary is at hand, as tokenizer.model or alone."""
+    golden = SHARED / "gemma_tokenizer_golden" / "golden_all.jsonl"
+    if not golden.exists():
+        pytest.skip("shared data is absent")
+    # Gemma's has 4 MB.
+    real = [p for p in SHARED.rglob("*.model") if p.stat().st_size > 4_000_000]
+    if not real:
+        pytest.skip("the vocabulary of Gemma 2 is not at hand")
+    proto = real[0].read_bytes()
+    told = tokenizer_files.tokenizer_json(tokenizer_files.parse(proto))
+    folder = folder_of(told, tmp_path / "alone")
+    config = {"model_type": "gemma2", "vocab_size": 256_000}
+    (folder / "config.json").write_text(json.dumps(config))
+    ours = sentencepiece.SentencePieceProcessor(
+        model_proto=tokenizer_folder.read(folder).proto
+    )
+    lines = map(json.loads, golden.read_bytes().splitlines())
+    for line in (line for line in lines if line["tokenizer"] == "gemma1_2"):
+        if "<pad>" not in line["text"]:
+            assert ours.encode(line["text"]) == line["ids"], line["text"]
+
+
 @pytest.mark.parametrize(
     "part, value, words",
     [
@@ -361,6 +384,44 @@ def test_added_tokens_are_pieces(proto, tmp_path, alone):
     end = ours.id("<|im_end|>")
     assert ours.stops == {1, end, ours.end_of_turn}
     assert ours.named["eos_token"] == "<|im_end|>"
+
+
+def test_added_tokens_are_written_again(proto, tmp_path):
+    """As of a model that was tuned here and is exported."""
+    theirs = added(
+        proto,
+        tmp_path,
+        alone=True,
+        special=["<|im_start|>", "<|im_end|>"],
+        plain=["w\u00f6rd", "two words", "<tool>"],
+    )
+    read = tokenizer_folder.read(tmp_path)
+    model = tokenizer_files.parse(read.proto)
+    model.pieces.add(piece="[PAD]", score=0.0, type=5)
+    model.pieces.add(piece="<last>", score=0.0, type=4)
+    proto = model.SerializeToString()
+    again = tmp_path / "again"
+    again.mkdir()
+    named = {"eos_token": "<|im_end|>"}
+    tokenizer_files.write_tokenizer(again, proto, chat_template="", named=named)
+    config = {"model_type": "gemma2", "vocab_size": ROWS}
+    (again / "config.json").write_text(json.dumps(config))
+    written = transformers.AutoTokenizer.from_pretrained(again)
+    assert len(written) == len(theirs) + 2
+    assert written.eos_token == "<|im_end|>"
+    ours = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    marks = "<|im_start|>w\u00f6rd<|im_end|>\n", "x <last> y"
+    for text in (*texts(), "a two words b<tool>", *marks):
+        ids = written(text, add_special_tokens=False).input_ids
+        if "<|" not in text:
+            assert ids == ours.encode(text), repr(text)
+        if "<last>" not in text:
+            assert ids == theirs(text, add_special_tokens=False).input_ids
+    # Both files are of one vocabulary, which is what was written.
+    assert tokenizer_folder.read(again).proto == proto
+    (again / "tokenizer.model").unlink()
+    found = tokenizer_files.parse(tokenizer_folder.read(again).proto).pieces
+    assert [p.piece for p in found] == [p.piece for p in model.pieces]
 
 
 FILES = {

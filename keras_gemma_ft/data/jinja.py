@@ -76,7 +76,7 @@ def compiled(text, tokenizer=None):
     """A template's text, compiled; jinja2.TemplateSyntaxError if broken."""
     environment = _environment()
     if tokenizer:
-        environment.extend(control=tokenizer.control)
+        environment.control = tokenizer.control
         environment.globals.update(tokenizer.named)
     return environment.from_string(text)
 

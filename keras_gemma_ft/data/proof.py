@@ -35,7 +35,10 @@ def proof(batch, tokenizer, *, marks=MARKS):
             start, typed = i, typed + count
     used = x["segment_ids"] > 0
     told = [f"{BOS}: {ids.count(tokenizer.bos)}"]
-    told += [_count(name, ids, learned, tokenizer) for name in (END, EOS)]
+    ends = [tokenizer.name(id) for id in sorted(tokenizer.stops)]
+    # A vocabulary's further ends, such as <|im_end|>.
+    names = dict.fromkeys([END, EOS, *ends])
+    told += [_count(name, ids, learned, tokenizer) for name in names]
     told += [f"names of control tokens typed as text: {typed}"]
     return (
         f"{text}\n{'; '.join(told)}; "

@@ -33,6 +33,7 @@ class Tokenizer:
         proto, named: as they were given.
         control: pattern of the names of the control tokens.
         stops: frozenset of the ids that end an answer.
+        foreign: whether they or the names are others than Gemma's.
 
     Raises:
         UserError: `proto` is no SentencePiece model.
@@ -58,6 +59,7 @@ class Tokenizer:
         self.proto = proto
         own = {"bos_token": BOS, "eos_token": EOS}
         self.named = {**own, **(named or {})}
+        renamed = any(self.named[name] != own[name] for name in own)
         self.control = pattern(
             piece.piece
             for piece in model.pieces
@@ -65,7 +67,7 @@ class Tokenizer:
         )
         digest = hashlib.sha256(proto)
         # A template's text depends on them, and prepared rows on its text.
-        if any(self.named[name] != own[name] for name in own):
+        if renamed:
             digest.update(repr(sorted(self.named.items())).encode())
         self.fingerprint = digest.hexdigest()
         # The copy: what llama.cpp must know, too.
@@ -80,8 +82,10 @@ class Tokenizer:
             EOS: self._model.eos_id(),
             BOS: self._model.bos_id(),
         }
-        ends = {self._named[EOS], self._model.piece_to_id(END), *stops}
-        self.stops = frozenset(ends - {-1, self._model.unk_id()})
+        ends = {self._named[EOS], self._model.piece_to_id(END)}
+        ends -= {-1, self._model.unk_id()}
+        self.stops = frozenset(ends | {*stops})
+        self.foreign = renamed or self.stops != ends
 
     def encode(self, text):
         """str -> list of ids; no `<bos>`, no control token."""
@@ -128,6 +132,13 @@ class Tokenizer:
             f"{piece!r}. Take a Gemma vocabulary, or a template without it: "
             "--data.template='Question: {prompt}\\nAnswer: {response}'"
         )
+
+    def name(self, id):
+        """The name of a control token, or a piece as it is written."""
+        for known in (EOS, BOS, PAD):
+            if self._named[known] == id:
+                return known
+        return self._model.id_to_piece(int(id))
 
     @property
     def pad(self):

@@ -45,7 +45,7 @@ def parse(proto):
     return model
 
 
-def write_tokenizer(folder, proto, *, chat_template):
+def write_tokenizer(folder, proto, *, chat_template, named=None):
     """Writes the tokenizer's files of a model in Hugging Face's format.
 
     They are `tokenizer.model`, `tokenizer.json`, `tokenizer_config.json`,
@@ -55,14 +55,17 @@ def write_tokenizer(folder, proto, *, chat_template):
     Args:
         folder: where to; it is there already.
         proto: bytes of a SentencePiece BPE model.
-        chat_template: Jinja source; see `chat_template.of`.
+        chat_template: Jinja source; see `data.chat_template.of`.
+        named: {"eos_token": "<|im_end|>", ...}: what the template calls
+            tokens, where the vocabulary's own settings name others.
 
     Raises:
         UserError: `proto` is no such model.
     """
     folder, model = pathlib.Path(folder), parse(proto)
     whole = tokenizer_json(model)
-    named = {f"{role}_token": piece for role, piece in _named(model).items()}
+    own = {f"{role}_token": piece for role, piece in _named(model).items()}
+    named = {**own, **(named or {})}
     settings = {
         "tokenizer_class": "GemmaTokenizer",
         "add_bos_token": True,
@@ -113,10 +116,11 @@ def tokenizer_json(model):
     _check(model)
     named = _named(model)
     special = {*named.values(), *_TURNS}
+    texts = [*map(_text, model.pieces)]
     added = [
         {
             "id": id,
-            "content": piece.piece,
+            "content": texts[id],
             "single_word": False,
             "lstrip": False,
             "rstrip": False,
@@ -161,10 +165,22 @@ def tokenizer_json(model):
             "fuse_unk": True,
             "byte_fallback": True,
             "ignore_merges": False,
-            "vocab": {p.piece: id for id, p in enumerate(model.pieces)},
+            "vocab": {text: id for id, text in enumerate(texts)},
             "merges": merges(model.pieces),
         },
     }
+
+
+def _text(piece):
+    """A piece as transformers looks for it: in a text whose spaces are spaces.
+
+    But not a run of spaces: there Google's file, too, has the blocks, and
+    merges of blocks make it.
+    """
+    run = not piece.piece.strip(SPACE)
+    if piece.type != USER_DEFINED or run:
+        return piece.piece
+    return piece.piece.replace(SPACE, " ")
 
 
 def _check(model):
@@ -225,7 +241,7 @@ def merges(pieces):
     found = {p.piece for p in pieces if p.type in kinds}
     told = []
     for piece in pieces:
-        if piece.type not in kinds:
+        if piece.type not in kinds or _text(piece) != piece.piece:
             continue
         text, early = piece.piece, piece.type == USER_DEFINED
         for i in range(len(text) - 1, 0, -1):

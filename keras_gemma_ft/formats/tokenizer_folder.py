@@ -5,6 +5,7 @@ out, or put tokens of their own behind it: into `tokenizer.json`, into
 `added_tokens_decoder` of `tokenizer_config.json`, or into `added_tokens.json`.
 """
 
+import json
 import re
 from typing import NamedTuple
 
@@ -56,10 +57,7 @@ def read(folder, *, template=""):
             files contradict each other.
     """
     if not is_huggingface(folder):
-        for name in ("assets/tokenizer/vocabulary.spm", "tokenizer.model"):
-            if (folder / name).is_file():
-                return Vocabulary((folder / name).read_bytes())
-        raise _none(folder)
+        return _of_keras(folder)
     files = added_tokens.files(folder)
     added = added_tokens.read(files)
     if files.proto is not None:
@@ -75,7 +73,7 @@ def read(folder, *, template=""):
     ids = {piece.piece: id for id, piece in enumerate(model.pieces)}
     stops, more = _stops(files, ids)
     said += [*more, *_unknown(files, ids)]
-    for id in changed:
+    for id in filter(changed.get, changed):
         piece = model.pieces[id]
         # A new line may end an answer, and is text all the same.
         if piece.type == USER_DEFINED and _MARK.fullmatch(piece.piece):
@@ -89,6 +87,37 @@ def read(folder, *, template=""):
 
 # A name in brackets, such as <|im_end|> and [INST].
 _MARK = re.compile(r"[<\[{|]\S*[>\]}|]")
+
+
+def keep(folder, *, stops, named):
+    """Writes beside a Keras preset what its vocabulary does not say.
+
+    Args:
+        folder: `pathlib.Path`.
+        stops, named: as of `Vocabulary`.
+    """
+    told = {"eos_token_id": sorted(stops)}
+    (folder / _ENDS).write_text(json.dumps(told) + "\n", "utf-8")
+    (folder / _CALLED).write_text(json.dumps(named) + "\n", "utf-8")
+
+
+# Of Hugging Face's format; KerasHub passes them over.
+_ENDS, _CALLED = "generation_config.json", "special_tokens_map.json"
+
+
+def _of_keras(folder):
+    """`Vocabulary` of a Keras preset, with what `keep` has written."""
+    for name in ("assets/tokenizer/vocabulary.spm", "tokenizer.model"):
+        if not (folder / name).is_file():
+            continue
+        proto = (folder / name).read_bytes()
+        if not (folder / _ENDS).is_file():
+            return Vocabulary(proto)
+        files = added_tokens.files(folder)._replace(config={})
+        pieces = enumerate(parse(proto).pieces)
+        stops, said = _stops(files, {piece.piece: id for id, piece in pieces})
+        return Vocabulary(proto, stops, files.named(), tuple(said))
+    raise _none(folder)
 
 
 def _none(folder):
@@ -118,7 +147,9 @@ def _agree(model, files, added):
         name = added[id].text if id in added else names.get(id, piece.piece)
         if names and id not in names and id not in added:
             name = None
-        if name == piece.piece or (piece.piece, name) == ("<0x09>", "\t"):
+        if piece.piece in (name, _as_piece(name)):
+            continue
+        if (piece.piece, name) == ("<0x09>", "\t"):
             continue
         if name is None or piece.type not in (CONTROL, USER_DEFINED):
             wrong.append(f"{id}: {piece.piece!r} there, {name!r} here")
@@ -145,35 +176,47 @@ def _agree(model, files, added):
         )
 
 
+def _as_piece(text):
+    """A text as SentencePiece has it; None of None."""
+    return text and text.replace(" ", SPACE)
+
+
 def _put(model, added):
     """Gives a `ModelProto` its added tokens, at their ids.
 
     Returns:
-        List of the ids that it did not have so.
+        ({id: whether it is a new token} of the ids that it did not have so).
 
     Raises:
         UserError: one has the name of another piece, or takes white space
             from the text beside it, which no SentencePiece model does.
     """
     ids = {piece.piece: id for id, piece in enumerate(model.pieces)}
-    wrong, changed = [], []
-    for id, (text, special, file) in added.items():
-        kind = CONTROL if special else USER_DEFINED
-        text = text if special else text.replace(" ", SPACE)
-        if ids.get(text, id) != id:
-            wrong.append(f"{file}: {id} is {text!r}, which is {ids[text]} too")
-            continue
+    size, wrong, changed = len(ids), [], {}
+    for id, (text, special, file, beside) in added.items():
+        # White space is text, whatever a tool calls special.
+        control = special and text.strip(f"{SPACE} \n\r\t")
+        text = text if control else _as_piece(text)
         while len(model.pieces) <= id:
             # A row that no token has, by the name that llama.cpp gives it.
             name = f"[PAD{len(model.pieces)}]"
             model.pieces.add(piece=name, score=0.0, type=UNUSED)
         piece = model.pieces[id]
-        if piece.piece != text or piece.type in (NORMAL, UNUSED):
-            piece.piece, piece.type, piece.score = text, kind, 0.0
-            ids[text] = id
-            changed.append(id)
+        if piece.piece == text and piece.type not in (NORMAL, UNUSED):
+            continue
+        if ids.get(text, id) != id:
+            wrong.append(f"{file}: {id} is {text!r}, which is {ids[text]} too")
+        if beside and text != "<mask>":
+            wrong.append(
+                f"{file}: {text!r} has {', '.join(beside)}; expected a token "
+                "that leaves the text beside it alone"
+            )
+        changed[id] = id >= size or piece.piece != text
+        kind = CONTROL if control else USER_DEFINED
+        piece.piece, piece.type, piece.score = text, kind, 0.0
+        ids[text] = id
     if wrong:
-        raise UserError(complaint("Two tokens have one name", wrong))
+        raise UserError(complaint("The added tokens cannot be followed", wrong))
     model.trainer_spec.vocab_size = len(model.pieces)
     return changed
 

@@ -80,6 +80,7 @@ def settle(cfg, tokenizer):
         return cfg
     runtime.say(
         f"the base has a chat template of its own, which is used: {own} "
-        "(Gemma's turns: --data.template=gemma)"
+        "(a <bos> is put before what it writes, if it writes none; for Gemma's "
+        "turns type --data.template=gemma)"
     )
     return config.replace(cfg, {"data.template": str(file)})

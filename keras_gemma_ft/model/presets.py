@@ -291,4 +291,8 @@ def save(folder, backbone, tokenizer):
     config_file = pathlib.Path(folder) / "config.json"
     settings = json.loads(config_file.read_text())
     settings["config"]["name"] = "gemma_backbone"
+    if tokenizer.foreign:
+        tokenizer_folder.keep(
+            pathlib.Path(folder), stops=tokenizer.stops, named=tokenizer.named
+        )
     config_file.write_text(json.dumps(settings, indent=1))
