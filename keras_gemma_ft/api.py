@@ -4,7 +4,7 @@
     run = kgf.tune(records, data_eval="5%", lora_rank=16)
     run                                 # summary, curves, samples
     run.ask("Set a timer for ten minutes")
-    run.export("my_adapter")
+    run.export("mine", format="peft,gguf")
 
 Keywords are the flags of the verbs with an underscore for the dot: lora_rank
 is --lora.rank. What they do is done by the verbs' own functions.
@@ -16,11 +16,9 @@ import gc
 import html
 import json
 import pathlib
-import shutil
 import sys
 
 from keras_gemma_ft import config, keywords, runtime
-from keras_gemma_ft.formats import atomic
 
 # The run whose model is in memory, so that the next one can free it.
 _loaded = {"run": None}
@@ -174,28 +172,33 @@ class Run:
             gc.collect()
         return found
 
-    def export(self, path):
-        """Copies what loads elsewhere: PEFT's files and adapter.lora.h5.
+    def export(self, path, format="peft,keras", **settings):
+        """Writes what loads elsewhere, as the verb does, and proves it.
 
         Args:
-            path: a folder that is not there yet.
+            path: a folder that gets a folder for each format.
+            format: as --export.format: peft, keras, gguf_adapter, merged_hf,
+                merged_keras, gguf, ollama.
+            **settings: flags, export_quantize="q8_0".
 
         Returns:
-            pathlib.Path: the folder.
+            dict: the verb's result, with the numbers of each comparison.
         """
-        path = pathlib.Path(path).expanduser()
         with _told():
-            own = self._own()
-            if path.exists():
-                raise config.UserError(
-                    f"{path} is there already. Choose another name."
-                )
-            what = self.path / ("adapter" if "adapter" in own else "model")
-            with atomic.replacing(path) as partial:
-                shutil.copytree(what, partial)
-                if "adapter" in own:
-                    shutil.copy2(self.path / "adapter.lora.h5", partial)
-        return path
+            given = {
+                **self._own(),
+                "run_dir": self.path,
+                "export_format": format,
+                "export_to": pathlib.Path(path).expanduser(),
+                **settings,
+            }
+            cfg = keywords.configure(given)
+            _free()
+            from keras_gemma_ft import export
+
+            found = export.export(cfg)
+            gc.collect()
+        return found
 
     def __repr__(self):
         told = self.summary

@@ -50,7 +50,7 @@ def help_text(doc, verb=None):
         verb: name of the verb whose settings are shown, the dozen that matter
             first; without one every setting of every verb is shown.
     """
-    verb = VERBS.get(verb)
+    name, verb = verb, VERBS.get(verb)
     first = verb.first if verb else ()
     groups = {"What matters most": dict.fromkeys(first, "")}
     groups["The run"] = {
@@ -66,6 +66,10 @@ def help_text(doc, verb=None):
         title = title.partition(":")[0]
         groups.setdefault(title, {})[path] = _help_of(path, field, default)
     lines = [doc.strip(), "", "Settings are typed as --name=value."]
+    own = [path for path in first if path.startswith(f"{name}.")]
+    if own:
+        short = own[0].removeprefix(f"{name}.")
+        lines.append(f"{name}. may be left out: --{short} is --{own[0]}.")
     for title, settings in groups.items():
         lines += ["", f"{title}:", *settings.values()] if settings else []
     if verb:

@@ -82,11 +82,13 @@ def test_evaluating_and_exporting(tuned, tmp_path):
         ("adapter", "eval_loss"),
     ):
         np.testing.assert_allclose(found[part]["eval_loss"], told[name], 1e-5)
-    folder = tuned.export(tmp_path / "mine")
-    names = {path.name for path in folder.iterdir()}
+    found = tuned.export(tmp_path / "mine", export_probes=2)
+    for one in found["exports"]:
+        assert one["verification"]["top1"] == 1.0
+    names = {path.name for path in (tmp_path / "mine").rglob("*")}
     assert {"adapter_model.safetensors", "adapter.lora.h5"} < names
-    with pytest.raises(config.UserError, match="is there already"):
-        tuned.export(folder)
+    with pytest.raises(config.UserError, match="export_format=gguff: exp"):
+        tuned.export(tmp_path / "mine", format="gguff")
 
 
 def test_in_a_notebook(tuned, tmp_path):

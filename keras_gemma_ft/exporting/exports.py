@@ -4,7 +4,13 @@ import json
 
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.checking import probes, verification, witnesses
-from keras_gemma_ft.exporting import card, push, sources, writers
+from keras_gemma_ft.exporting import (
+    card,
+    push,
+    sources,
+    travelling,
+    writers,
+)
 from keras_gemma_ft.formats import atomic, usage
 from keras_gemma_ft.formats.whole_change import WholeChange
 
@@ -77,8 +83,8 @@ def _travels(what, source, cfg):
     """What is told of how the model is to be asked."""
     told = source.usage
     if config.FORMATS[what]:
-        told = usage.of_whole(told)
-    return usage.public(told) if cfg.export.push_to else told
+        told = travelling.of_whole(told)
+    return travelling.public(told) if cfg.export.push_to else told
 
 
 def _size(what, source, cfg):

@@ -47,7 +47,10 @@ def merged_hf(source, folder, settings):
         stops=sorted(tokenizer.stops),
     )
     tokenizer_files.write_tokenizer(
-        folder, tokenizer.proto, chat_template=_template(source)
+        folder,
+        tokenizer.proto,
+        chat_template=_template(source),
+        named=tokenizer.named,
     )
     return dtype
 

@@ -206,11 +206,11 @@ def write_preset(folder, model, proto, *, dtype, shards, versions):
 def _put(file, group, value, dtype):
     if dtype == "bfloat16":
         data = file.create_dataset(
-            f"{group}/0", data=value.astype(_BFLOAT16).view("V2")
+            f"{group}/0", data=value.astype(_BFLOAT16, copy=False).view("V2")
         )
         data.attrs["dtype"] = "bfloat16"
     else:
-        file[f"{group}/0"] = value.astype(dtype)
+        file[f"{group}/0"] = value.astype(dtype, copy=False)
 
 
 def _config(backbone, dtype):

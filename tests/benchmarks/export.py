@@ -22,7 +22,7 @@ import numpy as np
 
 from keras_gemma_ft import config
 from keras_gemma_ft.formats import adapters, merged, models, names
-from tests.benchmarks.model import SIZES
+from tests.benchmarks.model import PRESETS, Sizes
 from tests.benchmarks.processes import memory_line
 
 
@@ -48,7 +48,7 @@ def prepare(folder, size):
     from keras_gemma_ft.formats import tokenizer_files
     from keras_gemma_ft.model import preset_source, presets
 
-    backbone = SIZES[size].backbone()
+    backbone = {"query_pre_attn_scalar": 256} | Sizes(*PRESETS[size]).backbone()
     model = Random(backbone)
     base = folder / "base"
     base.mkdir()
