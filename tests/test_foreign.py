@@ -7,14 +7,20 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
+import transformers
 from keras import ops
 from test_export import run
 
 from keras_gemma_ft import config, evaluate
 from keras_gemma_ft.config import UserError
-from keras_gemma_ft.formats import adapters, models, whole_change
+from keras_gemma_ft.formats import (
+    adapters,
+    models,
+    tokenizer_files,
+    whole_change,
+)
 from keras_gemma_ft.inference import taught
-from keras_gemma_ft.model import forward
+from keras_gemma_ft.model import forward, presets
 
 peft = pytest.importorskip("peft")
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj",
@@ -331,3 +337,29 @@ def test_a_change_says_what_it_is():
     assert not change.untied
     array = np.ones((2, 3), "float16")
     assert change.merged("decoder_block_0/ffw_linear/kernel", array, 1) is array
+
+
+@pytest.mark.once
+def test_new_tokens_of_an_adapter_are_tokens(base, made, tmp_path):
+    """Its tokenizer, saved beside it, has them; the base's has not."""
+    folder = tmp_path / "a"
+    shutil.copytree(made("more words")[0], folder)
+    words = presets.tokenizer(base)
+    tokenizer_files.write_tokenizer(
+        folder, words.proto, chat_template="{{ messages[0]['content'] }}"
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.add_tokens(["<tool>", "zyx"] + [f"n{i}" for i in range(8)])
+    theirs.save_pretrained(folder)
+    cfg, loaded = taught.load(settings(base, folder))
+    tokenizer = loaded.tokenizer
+    assert tokenizer.vocabulary_size == len(theirs) == 350
+    for text in ("a zyx b", "<tool>", "plain"):
+        want = theirs(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.encode(text) == want
+    assert cfg.data.template.endswith(("chat_template.jinja", "config.json"))
+    run(base, tmp_path / "out", formats="merged_hf", adapter=folder)
+    back = transformers.AutoTokenizer.from_pretrained(
+        tmp_path / "out/merged_hf"
+    )
+    assert back("a zyx b")["input_ids"] == theirs("a zyx b")["input_ids"]

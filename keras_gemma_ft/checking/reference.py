@@ -10,6 +10,8 @@ head_dim, F feed-forward width, V words.
 
 import numpy as np
 
+from keras_gemma_ft.formats.huggingface import query_scalar
+
 _EPSILON = 1e-6
 # Words of the table that are multiplied at once: 75 MB of 2B in float32.
 _WORDS = 2**13
@@ -92,7 +94,7 @@ def _attention(x, weights, sizes, number):
     q, k = _rotate(q), _rotate(k)
     group = len(q) // len(k)
     k, v = np.repeat(k, group, 0), np.repeat(v, group, 0)
-    scale = x.dtype.type(sizes["query_pre_attn_scalar"] ** -0.5)
+    scale = x.dtype.type(query_scalar(sizes) ** -0.5)
     scores = _cap(q @ k.transpose(0, 2, 1) * scale,
                   sizes["attention_logit_soft_cap"])  # fmt: skip
     far = np.arange(len(x))[:, None] - np.arange(len(x))

@@ -14,8 +14,8 @@ from keras_gemma_ft.formats import (
     usage,
 )
 from keras_gemma_ft.formats.huggingface import read_json
-from keras_gemma_ft.inference import switching
-from keras_gemma_ft.model import preset_source, presets
+from keras_gemma_ft.inference import switching, taught
+from keras_gemma_ft.model import base_template, preset_source, presets
 
 
 class Source(NamedTuple):
@@ -92,12 +92,17 @@ def open(cfg):
             adapters.read, backbone=base.backbone, base=cfg.preset
         )
         adapter = _combined(cfg, [read_one(path) for path in parts], weights)
+    rows = models.Merged(base, adapter).backbone["vocabulary_size"]
+    words = taught.tokenizer(cfg, presets.tokenizer(folder), rows)
+    cfg = base_template.settle(cfg, words)
     _, travels = usage.find(origin)
+    for doubt in adapter.doubts if adapter else ():
+        runtime.say(f"warning: {doubt}")
     return Source(
         cfg,
         base,
         adapter,
-        presets.tokenizer(folder),
+        words,
         travels if travels and "base" in travels.told else None,
         folder,
         _name(origin),

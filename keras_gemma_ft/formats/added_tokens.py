@@ -93,7 +93,8 @@ def files(folder):
         read_if("tokenizer_config.json") or {},
         read_if("added_tokens.json") or {},
         read_if("special_tokens_map.json") or {},
-        read_if("config.json"),
+        # An adapter's folder has none.
+        read_if("config.json") or {},
         read_if("generation_config.json") or {},
     )
 

@@ -13,6 +13,7 @@ from keras_gemma_ft.config import UserError
 from keras_gemma_ft.formats import added_tokens, tokenizer_json
 from keras_gemma_ft.formats.added_tokens import SHOWN, Added, complaint
 from keras_gemma_ft.formats.huggingface import is_huggingface
+from keras_gemma_ft.formats.peft_config import CONFIG as ADAPTER
 from keras_gemma_ft.formats.tokenizer_files import (
     CONTROL,
     NORMAL,
@@ -44,7 +45,7 @@ def read(folder, *, template=""):
     """The tokenizer of a folder in Keras's or Hugging Face's format.
 
     Args:
-        folder: `pathlib.Path`.
+        folder: `pathlib.Path`; an adapter's, too, where its tokens are.
         template: the source of the folder's chat template. Marks such as
             <|im_start|> that it writes are control tokens, even where the
             tool that added them did not call them special.
@@ -56,7 +57,7 @@ def read(folder, *, template=""):
         UserError: there is none, it is of another kind than Gemma's, or its
             files contradict each other.
     """
-    if not is_huggingface(folder):
+    if not is_huggingface(folder) and not (folder / ADAPTER).is_file():
         return _of_keras(folder)
     files = added_tokens.files(folder)
     added = added_tokens.read(files)

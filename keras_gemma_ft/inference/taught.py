@@ -29,8 +29,10 @@ def load(cfg, *, adapter=True, records=False):
     cfg = usage.settle(cfg, runtime.say, records=records)
     change = whole(cfg)
     loaded = presets.open(cfg, change=change if adapter else None)
-    cfg = base_template.settle(cfg, loaded.tokenizer)
     backbone = loaded.causal_lm.backbone
+    words = tokenizer(cfg, loaded.tokenizer, backbone.vocabulary_size)
+    loaded = loaded._replace(tokenizer=words)
+    cfg = base_template.settle(cfg, words)
     if change is None and cfg.adapter:
         found = adapters.read(cfg.adapter, backbone.get_config())
         say_doubts(found)
@@ -38,6 +40,26 @@ def load(cfg, *, adapter=True, records=False):
             lora.put(backbone, found)
     say_doubt(cfg, loaded)
     return cfg, loaded
+
+
+def tokenizer(cfg, base, rows):
+    """The base's tokenizer, or that of an adapter that brought new tokens.
+
+    Args:
+        cfg: `config.Config` with the adapter.
+        base: `data.tokens.Tokenizer` of the base.
+        rows: of the token table.
+    """
+    folder = adapters.place(cfg.adapter) if cfg.adapter else None
+    files = "tokenizer.json", "tokenizer.model"
+    if folder is None or not any((folder / file).is_file() for file in files):
+        return base
+    own = presets.tokenizer(folder)
+    if not base.vocabulary_size < own.vocabulary_size <= rows:
+        return base
+    more = own.vocabulary_size - base.vocabulary_size
+    runtime.say(f"the tokenizer of {folder} is used: it has {more} more pieces")
+    return own
 
 
 def whole(cfg):

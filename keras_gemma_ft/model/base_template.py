@@ -10,6 +10,7 @@ from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import chat_template, jinja
 from keras_gemma_ft.formats import usage
 from keras_gemma_ft.formats.huggingface import read_json
+from keras_gemma_ft.formats.peft_config import CONFIG as ADAPTER
 from keras_gemma_ft.model import preset_source
 
 
@@ -17,9 +18,10 @@ def find(source):
     """The file with the template of a folder; None where there is none.
 
     Args:
-        source: what `preset_source.resolve` gave.
+        source: what `preset_source.resolve` gave, or an adapter's folder.
     """
-    if not preset_source.is_huggingface(source):
+    adapter = source and (pathlib.Path(source) / ADAPTER).is_file()
+    if not adapter and not preset_source.is_huggingface(source):
         return None
     file, settings = source / "chat_template.jinja", "tokenizer_config.json"
     if file.is_file():
@@ -40,6 +42,13 @@ def text(source):
         return ""
 
 
+def _of_adapter(cfg):
+    """The file with the template that lies beside an adapter, or None."""
+    if not cfg.adapter or not pathlib.Path(cfg.adapter).is_dir():
+        return None
+    return find(pathlib.Path(cfg.adapter))
+
+
 def settle(cfg, tokenizer):
     """`cfg` with the base's template, if it has one of its own.
 
@@ -56,7 +65,7 @@ def settle(cfg, tokenizer):
     _, found = usage.find(cfg.adapter or cfg.preset)
     if found and "data.template" in found.told["settings"]:
         return cfg
-    file = find(preset_source.resolve(cfg.preset))
+    file = _of_adapter(cfg) or find(preset_source.resolve(cfg.preset))
     if file is None or cfg.data.format == "text":
         return cfg
     typed = "data.template" in config.typed(cfg)
