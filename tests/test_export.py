@@ -293,6 +293,16 @@ def test_two_adapters_are_merged_into_one(folder, backbone, tmp_path):
         adapter=both,
         weights="0.5,-2",
     )
+    found = run(
+        folder,
+        tmp_path / "cut",
+        formats="peft",
+        adapter=both,
+        weights="0.5,-2",
+        rank=3,
+    )["merged"]
+    assert (found["rank_before"], found["rank"]) == (16, 3)
+    assert 0.1 < found["lost"] <= found["lost_in_worst_layer"] < 1
     base = models.open(folder)
     got = models.open(tmp_path / "sum/merged_hf")
     for path in base.paths:

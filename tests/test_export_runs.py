@@ -6,15 +6,19 @@ What others compute of them is held to what we compute.
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from keras_gemma_ft import command_line, config, embedded, export, train
+from keras_gemma_ft.checking import reference, words
 from keras_gemma_ft.config import UserError
-from keras_gemma_ft.exporting import exports
+from keras_gemma_ft.exporting import exports, sources
 from keras_gemma_ft.formats import adapters, models, usage
 from keras_gemma_ft.inference import chat
+from keras_gemma_ft.model import preset_source, presets
 
 QUICK = {
     "train.steps": 4,
@@ -30,6 +34,10 @@ QUICK = {
     "lora.rank": 4,
     "data.cache": "none",
 }
+
+
+# The formats whose witness computes in float32 throughout.
+EXACT = ("peft", "keras", "merged_hf", "merged_keras")
 
 
 def tune(run_dir, **settings):
@@ -55,13 +63,17 @@ def exported(formats, to, **settings):
 
 def test_a_run_becomes_every_format(tuned, tmp_path):
     found = exported(
-        ",".join(config.FORMATS), tmp_path, **{"run_dir": str(tuned)}
+        ",".join(config.FORMATS),
+        tmp_path,
+        **{"run_dir": str(tuned), "export.dtype": "float32"},
     )
     assert found["kl_to_base"] > 1e-3
     assert found["loss"] < found["loss_base"]
     for told in found["exports"]:
         place = pathlib.Path(told["path"])
         assert told["verification"]["kl"] < 2e-3, told
+        if told["stored_as"] == "float32" and told["format"] in EXACT:
+            assert told["verification"]["max_difference"] < 1e-4, told
         assert told["bytes"] == sum(
             p.stat().st_size for p in place.rglob("*") if p.is_file()
         )
@@ -214,6 +226,103 @@ def test_a_template_of_the_users_travels(tmp_path):
     got = theirs.apply_chat_template(asked, add_generation_prompt=True,
                                      return_dict=False)  # fmt: skip
     assert list(got) == list(session.ids("How many?"))
+
+
+# Nothing of ours is imported in it.
+PLAIN = """
+import sys
+import keras_hub, numpy as np
+preset, file, rank, targets, out = sys.argv[1:]
+model = keras_hub.models.GemmaCausalLM.from_preset(
+    preset, preprocessor=None, dtype="float32")
+model.backbone.enable_lora(int(rank), target_layer_names=targets.split(","))
+model.backbone.load_lora_weights(file)
+ids = np.arange(8, 40, dtype="int32")[None]
+logits = model({"token_ids": ids, "padding_mask": np.ones_like(ids)})
+assert not any(name.startswith("keras_gemma_ft") for name in sys.modules)
+np.save(out, np.asarray(logits))
+"""
+
+
+@pytest.mark.once
+def test_a_plain_keras_script_loads_it(tuned, tmp_path):
+    base = models.open(embedded.preset_folder())
+    adapter = adapters.read(tuned, base.backbone)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            PLAIN,
+            str(embedded.preset_folder()),
+            str(tuned / "adapter.lora.h5"),
+            str(adapter.rank),
+            ",".join(adapter.targets),
+            str(tmp_path / "logits.npy"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    got = np.load(tmp_path / "logits.npy")[0]
+    [want] = reference.logits(
+        models.Merged(base, adapter), [list(range(8, 40))]
+    )
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_a_preset_by_name_is_fetched_as_keras_hub_does(monkeypatch, tmp_path):
+    """File by file, so that what KerasHub has fetched is found again."""
+    import kagglehub
+
+    asked, here = [], embedded.preset_folder()
+
+    def download(handle, path):
+        asked.append((handle, path))
+        if not (here / path).is_file():
+            raise ValueError(f"404: there is no {path}")
+        return str(here / path)
+
+    monkeypatch.setattr(kagglehub, "model_download", download)
+    assert preset_source.folder("gemma2_2b_en") == here
+    handles = {handle for handle, _ in asked}
+    assert handles == {"keras/gemma2/keras/gemma2_2b_en/" + one.split("/")[-1]
+                       for one in handles}  # fmt: skip
+    assert [path for _, path in asked] == [
+        "config.json",
+        "assets/tokenizer/vocabulary.spm",
+        "model.weights.json",
+        "model.weights.h5",
+    ]
+    loaded = presets.load(config.EMBEDDED_PRESET).causal_lm.backbone
+    base, memory = models.open(here), sources.InMemory(loaded)
+    assert memory.paths == base.paths
+    for path in base.paths:
+        np.testing.assert_array_equal(
+            memory.read(path), base.read(path).astype("float32")
+        )
+    [one] = reference.logits(memory, [[2, 5, 9]])
+    [two] = reference.logits(base, [[2, 5, 9]])
+    np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.once
+def test_words_that_are_others_are_refused(tuned, tmp_path):
+    exported("merged_hf,gguf", tmp_path, run_dir=str(tuned))
+    ours = presets.tokenizer(embedded.preset_folder())
+    words.check("merged_hf", tmp_path / "merged_hf", ours)
+    words.check("gguf", tmp_path / "gguf", ours)
+    file = tmp_path / "merged_hf/generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [1]}))
+    with pytest.raises(UserError, match=r"would not end at the ids \[107\]"):
+        words.check("merged_hf", tmp_path / "merged_hf", ours)
+    template = tmp_path / "merged_hf/chat_template.jinja"
+    template.write_text("{{ bos_token + bos_token }}")
+    with pytest.raises(UserError, match="<bos> more than once"):
+        words.check("merged_hf", tmp_path / "merged_hf", ours)
+    ours.stops = frozenset({3})
+    with pytest.raises(UserError, match="no end of an answer"):
+        words.check("gguf", tmp_path / "gguf", ours)
 
 
 @pytest.mark.once

@@ -261,7 +261,7 @@ def test_generation_is_transformers_greedy(backbone, witness):
         want.append(row[: ends[0]] if ends else row)
     assert [len(row) for row in want] == [7, 5, 20]
     tokenizer = types.SimpleNamespace(
-        eos=stops[0], end_of_turn=stops[1], vocabulary_size=words
+        stops=frozenset(stops), vocabulary_size=words
     )
     generator = sampling.Generator(
         types.SimpleNamespace(backbone=backbone), tokenizer, config.Generate()

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.once
 PATHS = set(config.flatten(Config()))
 # A value that the tools take, for rows that do not take a 2.
 VALUES = {
+    "save_method": "merged_16bit",
     "dtype": "bf16",
     "torch_dtype": "torch.bfloat16",
     "init_lora_weights": "pissa_niter_4",

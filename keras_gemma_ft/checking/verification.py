@@ -5,7 +5,7 @@ import importlib.metadata
 from typing import Any, NamedTuple
 
 from keras_gemma_ft import config, runtime
-from keras_gemma_ft.checking import compare, probes, witnesses
+from keras_gemma_ft.checking import compare, probes, witnesses, words
 from keras_gemma_ft.formats import adapters, models
 from keras_gemma_ft.formats.huggingface import query_scalar
 from keras_gemma_ft.model import lora, presets
@@ -107,6 +107,7 @@ def verify(what, folder, kind, case, truth):
     finally:
         gc.collect()
     compare.check(what, found, kind)
+    words.check(what, folder, case.tokenizer)
     runtime.say(
         f"{what}: opened again by {name}: largest difference of a logit "
         f"{found['max_difference']:.2g}, KL {found['kl']:.2g} nats, top-1 "

@@ -102,10 +102,12 @@ def by_transformers(model, sequences):
         ]
 
 
-def _quiet():
-    """transformers, without its bars and its notes to programmers."""
-    import transformers
-
+def quiet():
+    """transformers, without its bars and its notes to programmers; or None."""
+    try:
+        import transformers
+    except ImportError:
+        return None
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="transformers")
     return transformers
@@ -115,7 +117,7 @@ def transformers_folder(folder, case):
     """A merged folder, opened by transformers in float32."""
     import torch
 
-    transformers = _quiet()
+    transformers = quiet()
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
@@ -134,7 +136,7 @@ def _transformers(base):
     """The base as transformers computes it, its weights from our reader."""
     import torch
 
-    transformers = _quiet()
+    transformers = quiet()
     told = huggingface.huggingface_config(base.backbone)
     weights = {}
     for path in base.paths:

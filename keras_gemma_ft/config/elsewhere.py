@@ -292,6 +292,34 @@ TABLE = {
             off="generate.sampler=greedy",
         ),
     ),
+    "Taking it elsewhere (`export`)": (
+        Word("export_dir", "export.to"),
+        Word(
+            "export_size",
+            "export.max_shard_size",
+            values=lambda value: f"{value}GB" if value.isdecimal() else value,
+        ),
+        Word("export_device", "", "Weights are merged on the host."),
+        Word(
+            "hub_model_id export_hub_model_id",
+            "export.push_to",
+            values=lambda value: f"hf://{value.removeprefix('hf://')}",
+        ),
+        Word(
+            "quantization_method outtype",
+            "export.quantize",
+            "Of a GGUF. K-quants are made of an f16 by llama-quantize.",
+        ),
+        Word(
+            "save_method",
+            "export.format",
+            values={
+                "lora": "peft",
+                "merged_16bit": "merged_hf",
+                "merged_4bit": "gguf",
+            },
+        ),
+    ),
 }
 WORDS = {
     name: word

@@ -133,6 +133,8 @@ def _facts(what, source, told, address):
         scale = f"rank {adapter.rank}, scale {factor:g}, style {adapter.style}"
         rows += [("adapter", scale)]
         rows += [("adapted layers", ", ".join(adapter.targets))]
+    if "lost" in source.made:
+        rows += [("lost by cutting its rank", f"{source.made['lost']:.2%}")]
     lines = [f"| {name} | {value} |" for name, value in rows]
     return "| | |\n|---|---|\n" + "\n".join(lines) + "\n"
 

@@ -46,6 +46,7 @@ def run(cfg):
         )
         runtime.say(f"compared on {asked.origin}: {_losses(truth.told)}")
     result = {"name": source.name, "base": source.cfg.preset, "exports": []}
+    result |= {"merged": source.made} if source.made else {}
     if truth:
         result |= verification.record(truth, asked)
     for what, place in places.items():

@@ -11,6 +11,7 @@ from keras_gemma_ft.formats import (
     checkpoints,
     combine,
     models,
+    names,
     usage,
 )
 from keras_gemma_ft.formats.huggingface import read_json
@@ -30,6 +31,8 @@ class Source(NamedTuple):
         folder: the base's folder.
         name: what it is called.
         facts: {"summary": ..., "config": ...} of the run, where there is one.
+        made: what several adapters, or a lower rank, made of it; for the
+            result.
     """
 
     cfg: config.Config
@@ -40,6 +43,7 @@ class Source(NamedTuple):
     folder: pathlib.Path
     name: str
     facts: dict
+    made: dict
 
 
 def find(cfg):
@@ -86,12 +90,14 @@ def open(cfg):
     origin = cfg.adapter or cfg.preset
     folder = preset_source.folder(cfg.preset)
     base = read(cfg.preset, folder)
-    adapter = None
+    adapter, made = None, {}
     if parts:
         read_one = functools.partial(
             adapters.read, backbone=base.backbone, base=cfg.preset
         )
-        adapter = _combined(cfg, [read_one(path) for path in parts], weights)
+        adapter, made = _combined(cfg, map(read_one, parts), weights)
+        if made:
+            runtime.say(_sentence(made, parts))
     rows = models.Merged(base, adapter).backbone["vocabulary_size"]
     words = taught.tokenizer(cfg, presets.tokenizer(folder), rows)
     cfg = base_template.settle(cfg, words)
@@ -107,6 +113,7 @@ def open(cfg):
         folder,
         _name(origin),
         _facts(origin),
+        made,
     )
 
 
@@ -133,23 +140,34 @@ def _weights(cfg, parts):
 
 
 def _combined(cfg, held, weights):
-    """The adapters' weighted sum, cut to `--export.rank`, if that is asked."""
-    [adapter, *_] = held
+    """The adapters' weighted sum, cut to `--export.rank`, and its facts."""
+    adapter, *more = held
+    made = {}
     if weights:
-        adapter = combine.weighted_sum(list(zip(held, weights)))
-        runtime.say(
-            f"{len(held)} adapters added up, weights {cfg.export.weights}: "
-            f"rank {adapter.rank}, exact"
-        )
+        parts = list(zip([adapter, *more], weights))
+        adapter = combine.weighted_sum(parts)
+        made = {"weights": list(weights), "rank": adapter.rank}
     if cfg.export.rank:
         before = adapter.rank
         adapter, lost = combine.truncated(adapter, cfg.export.rank)
-        runtime.say(
-            f"cut from rank {before} to {adapter.rank}: {lost.whole:.2%} of "
-            f"the adapter's change is lost, {lost.worst:.2%} in "
-            f"the worst layer, {lost.layer}"
+        made |= {"rank_before": before, "rank": adapter.rank}
+        made |= {"lost": lost.whole, "lost_in_worst_layer": lost.worst}
+    return adapter, made
+
+
+def _sentence(made, parts):
+    """What was made of the adapters, in words."""
+    told = []
+    if "weights" in made:
+        whole = made.get("rank_before", made["rank"])
+        told.append(f"{len(parts)} adapters added up, exactly: rank {whole}")
+    if "lost" in made:
+        told.append(
+            f"cut from rank {made['rank_before']} to {made['rank']}: "
+            f"{made['lost']:.2%} of the change is lost (Frobenius norm), "
+            f"{made['lost_in_worst_layer']:.2%} in the worst layer"
         )
-    return adapter
+    return "; ".join(told)
 
 
 def read(preset, folder):
@@ -179,7 +197,8 @@ class InMemory:
             v.path.removeprefix(f"{backbone.name}/"): v
             for v in backbone.variables
         }
-        self.paths = list(self.variables)
+        order = names.variable_shapes(self.backbone)
+        self.paths = [path for path in order if path in self.variables]
 
     def read(self, path):
         """One variable as a numpy array."""

@@ -23,6 +23,9 @@ def peft(source, folder, settings):
     """The folder that PEFT and vLLM load."""
     kind = "float32" if settings.dtype == "auto" else settings.dtype
     adapters.write_peft(folder, source.adapter, usage=source.usage, dtype=kind)
+    # For vLLM's --chat-template, and for people.
+    template = folder / "chat_template.jinja"
+    template.write_text(_template(source), "utf-8")
     return kind
 
 
