@@ -6,7 +6,6 @@ python -m keras_gemma_ft.evaluate --preset=gemma2_2b_en --data.eval=test.jsonl
 """
 
 from keras_gemma_ft import config, runtime
-from keras_gemma_ft.formats import adapters
 
 
 def evaluate(cfg):
@@ -19,7 +18,7 @@ def evaluate(cfg):
     # After start: keras reads its backend when it is imported.
     from keras_gemma_ft import workers
     from keras_gemma_ft.inference import evaluation, switching, taught
-    from keras_gemma_ft.model import hosts, lora
+    from keras_gemma_ft.model import hosts
     from keras_gemma_ft.tuning import fine_tuner
 
     workers.say_one(cfg, backend)
@@ -45,12 +44,8 @@ def evaluate(cfg):
 
     result = {"preset": cfg.preset, "base": score("base")}
     if cfg.adapter:
-        if adapters.is_whole(cfg.adapter):
-            # It changes the base itself, which is loaded again.
-            del loaded
-            _, loaded = taught.load(cfg)
-        else:
-            lora.load(loaded.causal_lm.backbone, cfg.adapter)
+        held, loaded = [loaded], None
+        loaded = taught.adapted(cfg, held)
         result["adapter"] = score(cfg.adapter)
     return result
 

@@ -75,7 +75,7 @@ def test_table_goes_both_ways():
         np.testing.assert_array_equal(again, array)
         seen.add(name)
     assert len(seen) == 2 + 3 * 11
-    for unknown in ("model.layers.0.mlp.x_proj.weight", "lm_head.bias", ""):
+    for unknown in ("model.layers.0.mlp.x_proj.weight", "head.weight", ""):
         assert names.keras_path(unknown) is None
         with pytest.raises(UserError, match="not the name"):
             names.to_keras(unknown, array, head_dim=16)
@@ -169,7 +169,7 @@ def test_config_lists_every_complaint():
         sliding_window=None,
         hidden_activation="silu",
         rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
+        tie_word_embeddings="no",
         attention_bias=True,
         rope_parameters={"rope_theta": 1e6, "rope_type": "yarn"},
         quantization_config={"bits": 4},
@@ -254,18 +254,74 @@ def test_a_tensor_in_two_shards(folder):
     assert name in message and home.name in message and other.name in message
 
 
-def test_tied_head_and_rotary_tables_are_ignored(folder):
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_tied_head_and_rotary_tables_are_ignored(folder, dtype):
+    """A head that equals the table is the table, in whatever dtype."""
+    table = dict(shards.read_tensors(folder))[names.TABLE]
     shard = shard_of(folder, "model.norm.weight")
     rewrite(
         shard,
         lambda t: t.update(
             {
-                "lm_head.weight": np.ones((97, 40), "float32"),
+                "lm_head.weight": table.astype(dtype),
                 "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8),
             }
         ),
     )
     assert len(list(shards.read_tensors(folder))) == 35
+    assert "lm_head.weight" not in shards.find(folder)[1]
+
+
+@pytest.mark.parametrize("row", [0, 50, 96])
+def test_a_head_of_its_own_is_read(folder, row, monkeypatch):
+    """It was dropped in silence; one number of its last row tells it."""
+    # Three rows a piece.
+    monkeypatch.setattr(shards, "_COMPARED", 480)
+    head = dict(shards.read_tensors(folder))[names.TABLE].copy()
+    head[row, -1] += 1
+    shard = shard_of(folder, "model.norm.weight")
+    rewrite(shard, lambda t: t.update({"lm_head.weight": head}))
+    assert "lm_head.weight" in shards.find(folder)[1]
+    found = dict(shards.read_tensors(folder))
+    assert len(found) == 36
+    np.testing.assert_array_equal(found[names.HEAD], head)
+
+
+def test_a_head_of_another_shape(folder):
+    shard = shard_of(folder, "model.norm.weight")
+    rewrite(shard, lambda t: t.update({"lm_head.weight": np.ones((97, 39))}))
+    assert "lm_head.weight: shape (97, 39), expected" in refusal(folder)
+
+
+WRAPPED = {
+    "no model.": lambda name: name.removeprefix("model."),
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "DDP of compiled": lambda name: f"module._orig_mod.{name}",
+    "FSDP": lambda name: "_fsdp_wrapped_module." + name.replace(
+        ".mlp.", "._fsdp_wrapped_module._checkpoint_wrapped_module.mlp."
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_names_as_other_savers_leave_them(folder, kind):
+    want = dict(shards.read_tensors(folder))
+    index = folder / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())["weight_map"]
+    listed = {WRAPPED[kind](name): shard for name, shard in listed.items()}
+    index.write_text(json.dumps({"weight_map": listed}))
+    for path in folder.glob("*.safetensors"):
+        held = safetensors.numpy.load_file(path)
+        held = {WRAPPED[kind](name): x for name, x in held.items()}
+        safetensors.numpy.save_file(held, path)
+    found = dict(shards.read_tensors(folder))
+    assert found.keys() == want.keys()
+    for name, array in want.items():
+        np.testing.assert_array_equal(found[name], array)
+    # Under both names it is told, not chosen.
+    again = WRAPPED[kind]("model.norm.weight"), np.ones(40, "float32")
+    rewrite(path, lambda t: t.update([("model.norm.weight", again[1]), again]))
+    assert "there twice" in refusal(folder)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from keras_gemma_ft.exporting import (
     travelling,
     writers,
 )
-from keras_gemma_ft.formats import atomic, usage
+from keras_gemma_ft.formats import atomic, merging, usage
 from keras_gemma_ft.formats.whole_change import WholeChange
 
 # What lies in every export: what was compared, and the mark that it is ours.
@@ -101,13 +101,8 @@ def _refuse(formats, source):
     small = [what for what in formats if not config.FORMATS[what]]
     if isinstance(source.adapter, WholeChange):
         kinds = ", ".join(source.adapter.kinds)
-        if source.adapter.biases:
-            raise config.UserError(
-                f"{source.cfg.adapter} adds biases to projections ({kinds}), "
-                f"and Gemma 2's have none that they could be merged into. "
-                f"`generate` and `evaluate` use it as it is; elsewhere it is "
-                f"served by PEFT."
-            )
+        if said := merging.refusal(source.adapter):
+            raise config.UserError(f"--adapter={source.cfg.adapter}: {said}")
         if small:
             raise config.UserError(
                 f"--export.format={','.join(small)}: {source.cfg.adapter} "

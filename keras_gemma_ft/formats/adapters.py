@@ -14,7 +14,7 @@ llama.cpp (`gguf_adapter.py`).
 import pathlib
 
 from keras_gemma_ft.config import UserError, did_you_mean
-from keras_gemma_ft.formats import checkpoints, peft_read
+from keras_gemma_ft.formats import checkpoints
 from keras_gemma_ft.formats.gguf_adapter import read_gguf_adapter
 from keras_gemma_ft.formats.keras_file import (
     layer_index,
@@ -31,13 +31,14 @@ from keras_gemma_ft.formats.low_rank import (
     stock_rank,
 )
 from keras_gemma_ft.formats.peft_config import CONFIG
-from keras_gemma_ft.formats.peft_read import read_peft
-from keras_gemma_ft.formats.peft_write import WEIGHTS, write_peft
+from keras_gemma_ft.formats.peft_read import read_peft, weights_file
+from keras_gemma_ft.formats.peft_write import write_peft
+from keras_gemma_ft.formats.whole_change import WholeChange
 
 __all__ = [
     "Adapter",
+    "WholeChange",
     "difference",
-    "is_whole",
     "layer_index",
     "matrix",
     "pair_shapes",
@@ -82,13 +83,6 @@ def read(path, backbone, *, base=""):
     return read_keras(found, backbone, base=base)
 
 
-def is_whole(path):
-    """Whether the adapter at `path` is more than plain LoRA: merged only."""
-    found = place(path)
-    plain = not found.is_dir() or checkpoints.is_checkpoint(found)
-    return not plain and peft_read.is_whole(found)
-
-
 def place(path):
     """Where the adapter at `path` is: its PEFT folder, or its `.lora.h5` file.
 
@@ -126,7 +120,7 @@ def weights_of(path):
     found = place(path)
     if checkpoints.is_checkpoint(found):
         return found / checkpoints.WEIGHTS
-    return found / WEIGHTS if found.is_dir() else found
+    return weights_file(found) if found.is_dir() else found
 
 
 def _near(path):

@@ -7,7 +7,7 @@ import json
 
 from keras_gemma_ft.formats import models, names, tensors
 from keras_gemma_ft.formats.huggingface import huggingface_config
-from keras_gemma_ft.formats.whole_change import HEAD
+from keras_gemma_ft.formats.names import HEAD
 
 INDEX = "model.safetensors.index.json"
 

@@ -18,6 +18,7 @@ import pathlib
 import ml_dtypes
 import numpy as np
 
+from keras_gemma_ft.config import UserError
 from keras_gemma_ft.formats import (
     huggingface,
     keras_preset,
@@ -26,7 +27,7 @@ from keras_gemma_ft.formats import (
     shards,
     tensors,
 )
-from keras_gemma_ft.formats.whole_change import HEAD, TABLE, WholeChange
+from keras_gemma_ft.formats.names import HEAD, TABLE
 
 
 def open(folder):
@@ -79,18 +80,26 @@ class Merged:
 
     def __init__(self, base, adapter):
         self.base, self.adapter = base, adapter
-        self.backbone, self.paths = base.backbone, list(base.paths)
-        if isinstance(adapter, WholeChange):
-            self.backbone = adapter.backbone(base.backbone)
-            if adapter.untied and HEAD not in self.paths:
-                self.paths.append(HEAD)
+        self.backbone = merging.settings(base.backbone, adapter)
+        self.paths = list(base.paths)
+        self.tied = HEAD not in base.paths
+        if self.tied and merging.unties(adapter):
+            self.paths.append(HEAD)
 
     def read(self, path):
         """One variable: float32 where the adapter changes it, else the base's."""
-        # A head that the base has not is, before the change, its table.
-        held = path if path in self.base.paths else TABLE
-        head = self.backbone["head_dim"]
-        return merging.merged(path, self.base.read(held), self.adapter, head)
+        if path == HEAD and self.tied:
+            array = merging.head(self.adapter, self.base.read(TABLE))
+        else:
+            array = merging.merged(path, self.base.read(path), self.adapter)
+        rows = self.backbone["vocabulary_size"]
+        if path in (TABLE, HEAD) and len(array) != rows:
+            raise UserError(
+                f"the adapter's table has {rows} rows, and {path} "
+                f"{len(array)}: the adapter holds none for it. It is for "
+                f"another model: check --preset."
+            )
+        return array
 
 
 def shapes(model):

@@ -8,34 +8,60 @@ and norm weights are stored alike (both multiply by 1 + scale).
 
 import re
 
+import numpy as np
+
 from keras_gemma_ft.config import PEFT_NAMES, TARGET_GROUPS, UserError
 
+TABLE = "token_embedding/embeddings"
+# Of a head that is not the table: KerasHub's Gemma has no such variable.
+HEAD = "lm_head/embeddings"
 _ATTENTION = TARGET_GROUPS["attention"]
 # Keras layer name of a LoRA target -> module inside `model.layers.{i}`.
 MODULES = {
     name: f"{'self_attn' if name in _ATTENTION else 'mlp'}.{peft}"
     for name, peft in PEFT_NAMES.items()
 }
-_NORMS = {
+NORMS = {
     "pre_attention_norm": "input_layernorm",
     "post_attention_norm": "post_attention_layernorm",
     "pre_ffw_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-_BLOCK = {f"{k}/scale": f"{v}.weight" for k, v in _NORMS.items()} | {
+_BLOCK = {f"{k}/scale": f"{v}.weight" for k, v in NORMS.items()} | {
     f"{'attention/' if k in _ATTENTION else ''}{k}/kernel": f"{v}.weight"
     for k, v in MODULES.items()
 }
 _OUTSIDE = {
-    "token_embedding/embeddings": "model.embed_tokens.weight",
+    TABLE: "model.embed_tokens.weight",
     "final_normalization/scale": "model.norm.weight",
-    # No variable of KerasHub's: a head that is not the token table.
-    "lm_head/embeddings": "lm_head.weight",
+    HEAD: "lm_head.weight",
 }
 _BLOCK_BACK = {v: k for k, v in _BLOCK.items()}
 _OUTSIDE_BACK = {v: k for k, v in _OUTSIDE.items()}
 _KERAS_PATH = re.compile(r"decoder_block_(\d+)/(.+)")
 _HF_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
+# What wraps a module while it is trained: torch.compile, FSDP, activation
+# checkpointing, DDP. No module of Gemma 2 has such a name.
+_WRAPPERS = re.compile(
+    r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|"
+    r"_checkpoint_wrapped_module|module)\."
+)
+
+
+def unwrapped(name):
+    """A tensor's name without the wrappers that training put around modules."""
+    return _WRAPPERS.sub("", name)
+
+
+def plain(name):
+    """A tensor's name as a Gemma2ForCausalLM has it.
+
+    Without wrappers; with the `model.` that a saved Gemma2Model lacks.
+    """
+    name = unwrapped(name)
+    if re.match(r"(?:layers|embed_tokens|norm)\.", name):
+        return f"model.{name}"
+    return name
 
 
 def huggingface_name(path):
@@ -145,11 +171,24 @@ def variable_shapes(backbone):
     """
     hidden = backbone["hidden_dim"]
     kernels = kernel_shapes(backbone)
-    shapes = {
-        "token_embedding/embeddings": (backbone["vocabulary_size"], hidden)
-    }
+    shapes = {TABLE: (backbone["vocabulary_size"], hidden)}
     for layer in range(backbone["num_layers"]):
         for end in _BLOCK:
             shape = kernels.get(end.split("/")[-2], (hidden,))
             shapes[f"decoder_block_{layer}/{end}"] = shape
     return shapes | {"final_normalization/scale": (hidden,)}
+
+
+def huggingface_shapes(backbone):
+    """Hugging Face name -> shape of every tensor, in the model's order.
+
+    Args:
+        backbone: dict as of `GemmaBackbone.get_config()`.
+    """
+    # All strides are zero, so the reshapes in there copy nothing.
+    zero = np.int8(0)
+    pairs = (
+        to_huggingface(path, np.broadcast_to(zero, shape))
+        for path, shape in variable_shapes(backbone).items()
+    )
+    return {name: array.shape for name, array in pairs}

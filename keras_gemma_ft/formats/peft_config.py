@@ -8,6 +8,8 @@ give both the same scale. The folder's `r` is the largest rank and `lora_alpha
 / r` the scale, so that servers that ignore the patterns are right too.
 """
 
+import re
+
 from keras_gemma_ft.config import UserError
 from keras_gemma_ft.formats import low_rank
 from keras_gemma_ft.formats.huggingface import read_json
@@ -87,6 +89,21 @@ def _is_pattern(value):
     )
 
 
+def _names(value):
+    return type(value) is list and all(type(v) is str for v in value)
+
+
+def _is_tokens(value):
+    lists = [value or []]
+    if type(value) is dict:
+        lists = value.values()
+    return all(
+        type(held) is list and all(type(v) is int for v in held)
+        for held in lists
+    )
+
+
+_FLAGS = (bool, type(None))
 _HARMLESS = ("gaussian", "eva", "orthogonal", "mica")
 _NONE = ("none", lambda v: not v)
 # name -> (what is expected, test). Settings not named here do not change
@@ -99,10 +116,17 @@ _SETTINGS = {
     "use_rslora": ("true or false", lambda v: type(v) is bool),
     "rank_pattern": ("names with numbers", _is_pattern),
     "alpha_pattern": ("names with numbers", _is_pattern),
-    # Gemma 2 has no biases that could be trained.
+    # Of biases that a base has and Gemma 2 has not.
     "bias": (
-        "'none'",
+        "'none', 'all' or 'lora_only'",
         lambda v: v in ("none", "all", "lora_only", None),
+    ),
+    "use_dora": ("true or false", lambda v: type(v) in _FLAGS),
+    "lora_bias": ("true or false", lambda v: type(v) in _FLAGS),
+    "modules_to_save": ("a list of names", lambda v: v is None or _names(v)),
+    "trainable_token_indices": (
+        "a list of whole numbers, or names with such lists",
+        lambda v: _is_tokens(v),
     ),
     # The others (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base weights.
     "init_lora_weights": (
@@ -146,3 +170,72 @@ def read_config(folder):
             "merge_and_unload() and pass the merged folder as --preset."
         )
     return config
+
+
+def _fitting(folder, config, setting, module):
+    """The values of a pattern's keys that fit a module's name, in order."""
+    for pattern, value in (config.get(setting) or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                yield pattern, value
+        except re.error as error:
+            raise UserError(
+                f"{folder / CONFIG}: {setting} {pattern!r} is not a "
+                f"regular expression ({error}). Export the adapter again."
+            ) from error
+
+
+def scales(folder, config, ranks):
+    """{module: s of its pair}.
+
+    Args:
+        folder: for the error.
+        config: `adapter_config.json`.
+        ranks: {module: rank of its tensors}.
+
+    Raises:
+        UserError: a pattern is not a regular expression.
+    """
+    alpha = config.get("lora_alpha", 8)
+    found = {}
+    for module, rank in ranks.items():
+        first = next(_fitting(folder, config, "alpha_pattern", module), None)
+        found[module] = low_rank.scale(
+            rank, first[1] if first else alpha, config.get("use_rslora", False)
+        )
+    return found
+
+
+def doubts(folder, config, ranks):
+    """Sentences: where the file may say other than what was trained.
+
+    PEFT takes the first key that fits, and saves the keys sorted: if several
+    fit one module, another may have been first while it was trained.
+
+    Args, errors: as of `scales`.
+    """
+    said = []
+    unsure, moved = {}, {}
+    for module, rank in ranks.items():
+        alphas = [*_fitting(folder, config, "alpha_pattern", module)]
+        if len({value for _, value in alphas}) > 1:
+            unsure.setdefault(tuple(alphas), []).append(module)
+        found = [*_fitting(folder, config, "rank_pattern", module)]
+        if found and found[0][1] != rank and rank in [v for _, v in found]:
+            moved.setdefault(tuple(found), []).append(module)
+    for alphas, modules in unsure.items():
+        keys = ", ".join(f"{key!r}: {value}" for key, value in alphas)
+        said.append(
+            f"alpha_pattern has several keys for {modules[0]} and "
+            f"{len(modules) - 1} more ({keys}). The first one counts, and PEFT "
+            f"saves them sorted: while it was trained another may have been "
+            f"first. Compare the scores with those of the training."
+        )
+    for found, modules in moved.items():
+        keys = ", ".join(f"{key!r}: {value}" for key, value in found)
+        said.append(
+            f"rank_pattern has several keys for {modules[0]} ({keys}), and its "
+            f"tensors are not of the first one's rank: PEFT has sorted the "
+            f"keys since, and those of alpha_pattern with them."
+        )
+    return tuple(said)

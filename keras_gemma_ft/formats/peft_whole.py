@@ -1,246 +1,268 @@
-"""A PEFT folder that holds more than plain LoRA -> a change of whole weights."""
+"""What a PEFT folder says beyond pairs A B -> `whole_change.WholeChange`.
+
+PEFT's rules (version 0.21.2): DoRA's lengths are those of the rows of a
+projection and of the columns of an embedding (peft/tuners/lora/dora.py);
+`modules_to_save` replaces a module, and leaves one that was tied to it as it
+was; `trainable_token_indices` puts rows in, also into a tied head
+(peft/utils/other.py, `set_additional_trainable_modules`); the tables of the
+model are saved along where they are adapted or were resized
+(peft/utils/save_and_load.py), and are the base's then.
+"""
 
 import re
 
 import numpy as np
 
 from keras_gemma_ft.formats import names
-from keras_gemma_ft.formats.whole_change import HEAD, TABLE, WholeChange
+from keras_gemma_ft.formats.whole_change import Change, WholeChange
 
-# What may stand behind a module's name, and what it is.
-_ENDINGS = {
-    "lora_A.weight": "A",
-    "lora_B.weight": "B",
-    "lora_B.bias": "bias",
-    "lora_embedding_A": "A",
-    "lora_embedding_B": "B",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-    "token_adapter.trainable_tokens_delta": "rows",
-    "modules_to_save.weight": "whole",
-    "base_layer.weight": "base",
-    "original_module.weight": "original",
-    "weight": "whole",
-}
-_KIND = {
-    "magnitude": "DoRA",
-    "bias": "biases of lora_B",
-    "rows": "rows of the token table",
-    "whole": "whole tensors",
-}
-_PROJECTIONS = {f"{module}.weight" for module in names.MODULES.values()}
+_TABLE, _HEAD = "model.embed_tokens", "lm_head"
+# module -> target of a LoRA pair.
+_TARGETS = {module: target for target, module in names.MODULES.items()}
 
 
-def is_plain(name):
-    """Whether a tensor is an A or a B of a projection, and nothing else."""
-    module, kind = _split(name)
-    inner = re.sub(r"^model\.layers\.\d+\.", "", f"{module}.weight")
-    return kind in ("A", "B") and inner in _PROJECTIONS
+def target_of(module):
+    """(layer, target) of a projection's module; None of other modules."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(\w+\.\w+)", module)
+    if match and match[2] in _TARGETS:
+        return int(match[1]), _TARGETS[match[2]]
+    return None
 
 
-def _split(name):
-    """(module's name, what its tensor is), or (name, None)."""
-    for ending, kind in _ENDINGS.items():
-        if name.endswith(f".{ending}"):
-            return name.removesuffix(f".{ending}"), kind
-    return name, None
-
-
-def missing(config, tensors):
-    """What the settings promise and the tensors do not hold, as complaints.
+def is_plain(parts):
+    """Whether there are pairs of projections and nothing else that counts.
 
     Args:
-        config: dict, `adapter_config.json`.
-        tensors: names of the tensors, without PEFT's prefixes.
+        parts: {module: {part: array}} of `peft_tensors.sort`.
     """
-    held = {}
-    for name in tensors:
-        module, kind = _split(name)
-        held.setdefault(kind, set()).add(module)
-    for module in sorted(held.get("A", ())):
-        if config.get("use_dora") and module not in held.get("magnitude", ()):
-            yield f"use_dora is true: {module} has no lora_magnitude_vector"
-    whole = held.get("whole", set())
-    for wanted in config.get("modules_to_save") or ():
-        ends = re.compile(rf"(.*\.)?{re.escape(str(wanted))}")
-        if not any(map(ends.fullmatch, whole)):
-            yield f"modules_to_save: there is no {wanted}"
-    if config.get("trainable_token_indices") and not held.get("rows"):
-        yield "trainable_token_indices: there are no rows of tokens"
-
-
-def read_whole(tensors, config, backbone, scale_of):
-    """The change that a folder's tensors make.
-
-    Args:
-        tensors: {name without PEFT's prefixes: float32 array}.
-        config: dict, `adapter_config.json`.
-        backbone: dict as of `GemmaBackbone.get_config()`.
-        scale_of: function of (module's name, rank) -> scale.
-
-    Returns:
-        (`WholeChange` or None, complaints).
-    """
-    parts, wrong = {}, []
-    for name, value in tensors.items():
-        module, kind = _split(name)
-        path = names.keras_path(f"{module}.weight")
-        if kind is None or path is None:
-            wrong.append(f"{name}: not a tensor of a Gemma 2, or of no adapter")
-            continue
-        if not np.isfinite(value).all():
-            wrong.append(f"{name}: holds NaN or infinity")
-        parts.setdefault(path, {}).setdefault(kind, (name, value))
-    shapes = _shapes(backbone, parts)
-    for path, held in parts.items():
-        wrong += _misfits(path, held, shapes)
-    if wrong:
-        return None, wrong
-    pairs = {
-        path: (held["A"][1], held["B"][1])
-        for path, held in parts.items()
-        if "A" in held
-    }
-    found = WholeChange(
-        pairs={
-            path: (a, b, scale_of(_module(path), len(a)))
-            for path, (a, b) in pairs.items()
-        },
-        magnitudes=_of(parts, "magnitude"),
-        biases=_biases(parts, scale_of),
-        tensors=_tensors(parts, backbone),
-        rows=_rows(parts, config, wrong),
-        tied=_tied(parts, config),
-        kinds=_kinds(parts),
-        base=str(config.get("base_model_name_or_path") or ""),
+    return all(
+        target_of(module)
+        and {"A", "B"} <= set(own) <= {"A", "B", "bias"}
+        and not np.any(own.get("bias", 0))
+        for module, own in parts.items()
     )
-    return (None, wrong) if wrong else (found, [])
 
 
-def _module(path):
-    return names.huggingface_name(path).removesuffix(".weight")
+def without_twin(config, parts):
+    """`parts` without a head's copy of the words that the table was taught.
+
+    A head that is tied to a table with `trainable_token_indices` has its rows,
+    and where the table was resized PEFT saves both.
+    """
+    table, head = (parts.get(m, {}).get("rows") for m in (_TABLE, _HEAD))
+    own = token_indices(config).get(_HEAD)
+    if head is None or table is None or not np.array_equal(table, head):
+        return parts
+    if own is not None and own != token_indices(config).get(_TABLE):
+        return parts
+    return {m: own for m, own in parts.items() if m != _HEAD}
 
 
-def _of(parts, kind):
-    return {p: held[kind][1] for p, held in parts.items() if kind in held}
+def contradictions(config, parts):
+    """What `adapter_config.json` promises and the tensors lack, and back."""
+    for part, setting, what, of in (
+        ("magnitude", "use_dora", "lora_magnitude_vector", "embedding_A"),
+        ("bias", "lora_bias", "lora_B.bias", "A"),
+    ):
+        wanted = bool(config.get(setting))
+        for module, own in parts.items():
+            paired = "A" in own or of in own
+            if (paired or part in own) and (part in own) != wanted:
+                state = "missing, but" if wanted else "there, but"
+                yield f"{module}.{what}: {state} {setting}={wanted}"
+    for name in config.get("modules_to_save") or ():
+        known = {m for m in _modules() if m.endswith(name)}
+        if known and not any(
+            module.endswith(name) and "weight" in own
+            for module, own in parts.items()
+        ):
+            yield f"modules_to_save names {name}: its weight is missing"
+    wanted = token_indices(config)
+    for module in sorted({*wanted} | {m for m in parts if "rows" in parts[m]}):
+        count = len(wanted.get(module, ()))
+        rows = parts.get(module, {}).get("rows")
+        tied = module == _HEAD and wanted.get(_TABLE) == wanted.get(_HEAD)
+        if rows is None and not tied:
+            yield f"{module}.token_adapter: its rows of {count} words missing"
+        elif rows is not None and (rows.ndim != 2 or len(rows) != count):
+            yield (
+                f"{module}.token_adapter: shape {rows.shape}, and "
+                f"trainable_token_indices names {count} words"
+            )
 
 
-def _kinds(parts):
-    held = {kind for some in parts.values() for kind in some}
-    told = [words for kind, words in _KIND.items() if kind in held]
-    for path, words in ((TABLE, "the token table"), (HEAD, "the head")):
-        if "A" in parts.get(path, {}):
-            told.append(f"an adapter on {words}")
-    return tuple(told)
+def _modules():
+    """How modules end that have weights."""
+    ends = [*names.MODULES.values(), *names.NORMS]
+    return [_TABLE, _HEAD, "model.norm", *(f"model.layers.0.{e}" for e in ends)]
 
 
-def _biases(parts, scale_of):
-    """Scaled as `lora_B`'s output is; those of zeros are none."""
-    found = {}
-    for path, bias in _of(parts, "bias").items():
-        if bias.any():
-            rank = len(parts[path]["A"][1])
-            scale = np.float32(scale_of(_module(path), rank))
-            found[path] = scale * bias
-    return found
-
-
-def _tensors(parts, backbone):
-    """What stands in the base's place; `base_layer` only if it was resized."""
-    found = _of(parts, "whole")
-    for path, value in _of(parts, "base").items():
-        if path in (TABLE, HEAD) and len(value) != backbone["vocabulary_size"]:
-            found.setdefault(path, value)
+def token_indices(config):
+    """{module: indices} of `trainable_token_indices`."""
+    found = config.get("trainable_token_indices") or {}
+    if not isinstance(found, dict):
+        found = {"embed_tokens": found}
     return {
-        path: names.to_keras(
-            names.huggingface_name(path), value, head_dim=backbone["head_dim"]
-        )[1]
-        for path, value in found.items()
+        _HEAD if name.endswith(_HEAD) else _TABLE: list(indices)
+        for name, indices in found.items()
     }
 
 
-def _rows(parts, config, wrong):
-    held = parts.get(TABLE, {})
-    if "rows" not in held:
-        return None
-    told = config.get("trainable_token_indices")
-    if type(told) is dict:
-        told = told.get("embed_tokens") or next(iter(told.values()), None)
-    name, values = held["rows"]
-    good = type(told) is list and all(type(i) is int and i >= 0 for i in told)
-    if not good or len(told) != len(values):
-        wrong.append(
-            f"{name}: {len(values)} rows, and trainable_token_indices is "
-            f"{told!r:.60}"
-        )
-        return None
-    return np.array(told), values
+def misfits(parts, config, backbone):
+    """Complaints about shapes: what is not of this model, all of it.
 
-
-def _tied(parts, config):
-    """Whether the head stays the table.
-
-    PEFT leaves the head as it was when the table alone is adapted, unless
-    `ensure_weight_tying` is set; rows of new tokens it ties.
+    Args:
+        parts: as of `is_plain`.
+        config: `adapter_config.json`.
+        backbone: dict as of `GemmaBackbone.get_config()`.
     """
-    head, table = parts.get(HEAD, {}), parts.get(TABLE, {})
-    if {"A", "B"} & head.keys():
-        return False
-    if "whole" in head:
-        same = table.get("whole")
-        return (
-            "A" not in table
-            and same is not None
-            and np.array_equal(head["whole"][1], same[1])
-        )
-    if "rows" in table and {"A", "whole"}.isdisjoint(table):
-        return True
-    return bool(config.get("ensure_weight_tying")) or not table
+    sizes = [_words(parts.get(module, {})) for module in (_TABLE, _HEAD)]
+    sizes = {size for size in sizes if size}
+    if len(sizes) > 1:
+        yield f"the table and the head differ in words: {sorted(sizes)}"
+    words = max(sizes, default=backbone["vocabulary_size"])
+    if words != backbone["vocabulary_size"] and not _words(
+        parts.get(_TABLE, {})
+    ):
+        yield f"{_TABLE}.weight: missing, and the head has {words} words"
+    shapes = names.huggingface_shapes(backbone | {"vocabulary_size": words})
+    shapes[f"{_HEAD}.weight"] = shapes[f"{_TABLE}.weight"]
+    for module, own in parts.items():
+        shape = shapes.get(f"{module}.weight")
+        if shape is None:
+            yield f"{module}: the model has {backbone['num_layers']} layers"
+            continue
+        for part in ("weight", "base", "original"):
+            if part in own and own[part].shape != shape:
+                yield (
+                    f"{module}: {part} has shape {own[part].shape}, "
+                    f"expected {shape}"
+                )
+        yield from _misfit_pairs(module, own, shape)
+    for module, indices in token_indices(config).items():
+        wrong = [i for i in indices if type(i) is not int or not 0 <= i < words]
+        if wrong:
+            yield f"{module}: trainable_token_indices {wrong} of {words} words"
 
 
-def _shapes(backbone, parts):
-    """{Keras path: [out, in] or [D]} of the base after the change."""
-    told = {}
-    for path, shape in names.variable_shapes(backbone).items():
-        empty = np.broadcast_to(np.float32(0), shape)
-        told[path] = names.to_huggingface(path, empty)[1].shape
-    for path in (TABLE, HEAD):
-        for kind in ("whole", "base"):
-            if kind in parts.get(path, {}):
-                value = parts[path][kind][1]
-                if value.ndim == 2 and value.shape[1] == told[TABLE][1]:
-                    told[TABLE] = value.shape
-    return told | {HEAD: told[TABLE]}
+def _words(own):
+    """Rows of the table or head that a file carries, else None."""
+    held = [own[p] for p in ("weight", "base", "original") if p in own]
+    return len(held[0]) if held and held[0].ndim == 2 else None
 
 
-def _misfits(path, held, shapes):
-    """Complaints about the tensors of one module."""
-    shape = shapes.get(path)
-    if shape is None:
-        yield f"{next(iter(held.values()))[0]}: the model has no such layer"
+def _misfit_pairs(module, own, shape):
+    if ("A" in own or "embedding_A" in own) and len(shape) != 2:
+        yield f"{module}: a LoRA pair on what is no matrix"
         return
-    halves = {"A", "B"} & held.keys()
-    for letter in {"A", "B"} - halves if halves else ():
-        yield f"{_module(path)}.lora_{letter}.weight: missing"
-    if len(halves) == 1:
-        return
-    if "A" in held:
-        (first, a), (_, b) = held["A"], held["B"]
-        inside, outside = shape[::-1] if path != TABLE else shape
-        if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
-            yield f"{first}: {a.shape} and lora_B {b.shape} do not fit"
-        elif (a.shape[1], len(b)) != (inside, outside):
+    if "A" in own:
+        size = own["A"].shape[1], len(own["B"])
+        if size != shape[::-1]:
             yield (
-                f"{first}: {a.shape[1]} -> {len(b)}, expected {inside} -> "
-                f"{outside}"
+                f"{module}: {size[0]} -> {size[1]}, expected "
+                f"{shape[1]} -> {shape[0]}"
             )
-    for kind, size in (("magnitude", shape[:1]), ("bias", shape[:1])):
-        if kind in held and held[kind][1].shape != size:
-            yield f"{held[kind][0]}: {held[kind][1].shape}, expected {size}"
-    if "magnitude" in held and path in (TABLE, HEAD):
-        yield f"{held['magnitude'][0]}: DoRA of the table or head"
-    for kind in ("whole", "base"):
-        if kind in held and held[kind][1].shape != shape:
-            yield f"{held[kind][0]}: {held[kind][1].shape}, expected {shape}"
-    if "rows" in held and held["rows"][1].shape[1:] != shape[1:]:
-        yield f"{held['rows'][0]}: {held['rows'][1].shape}"
+    if "embedding_A" in own:
+        size = own["embedding_A"].shape[1], len(own["embedding_B"])
+        if size != shape or module != _TABLE:
+            yield (
+                f"{module}: {size[0]} -> {size[1]}, expected an embedding "
+                f"{shape[0]} -> {shape[1]}"
+            )
+    if "rows" in own and own["rows"].shape[1:] != shape[1:]:
+        yield f"{module}: rows of {own['rows'].shape[1:]}, not {shape[1:]}"
+    axis = 1 if "embedding_A" in own else 0
+    for part, length in (("magnitude", shape[axis % len(shape)]),
+                         ("bias", shape[0])):  # fmt: skip
+        if part in own and own[part].shape != (length,):
+            yield (
+                f"{module}: {part} of {own[part].shape}, expected ({length},)"
+            )
+    if module == _HEAD and np.any(own.get("bias", 0)):
+        yield (
+            f"{module}.lora_B.bias: a bias of the head cannot be followed; "
+            f"train it again without lora_bias"
+        )
+
+
+def build(config, parts, scales, *, base="", doubts=(), tied_table=False):
+    """The `WholeChange` of parts that have been found to fit.
+
+    Args:
+        config: `adapter_config.json`, for `modules_to_save` and the tokens.
+        parts: as of `is_plain`.
+        scales: {module: s of its pair}.
+        base, doubts: of the result.
+        tied_table: whether a change of the table is always one of a tied head
+            (MLX).
+    """
+    indices = token_indices(config)
+    trained = tuple(config.get("modules_to_save") or ())
+    changes, lent, biases = {}, None, {}
+    for module, own in parts.items():
+        is_trained = "saved" in own or (trained and module.endswith(trained))
+        whole = own.get("weight")
+        begins = own.get("base", own.get("original"))
+        if module == _TABLE:
+            lent = begins if is_trained or whole is None else whole
+        if whole is None:
+            whole = begins
+        change = Change(
+            whole=whole,
+            pair=_pair(own),
+            scale=scales.get(module, 1.0),
+            magnitude=own.get("magnitude"),
+            axis=0 if "embedding_A" in own else 1,
+            rows=(indices[module], own["rows"]) if "rows" in own else None,
+        )
+        if whole is not None or change.pair or change.rows:
+            changes[names.keras_path(f"{module}.weight")] = change
+        if np.any(own.get("bias", 0)):
+            biases[target_of(module)] = scales[module] * own["bias"]
+    return WholeChange(
+        changes=changes,
+        lent=lent,
+        follows=_follows(changes, lent, tied_table),
+        biases=biases,
+        kinds=tuple(_kinds(parts, biases)),
+        base=base,
+        doubts=doubts,
+    )
+
+
+def _pair(own):
+    """(down [r, in], up [out, r])."""
+    if "A" in own:
+        return own["A"], own["B"]
+    if "embedding_A" in own:
+        return own["embedding_B"].T, own["embedding_A"].T
+    return None
+
+
+def _follows(changes, lent, tied_table):
+    """Whether a head that was the table is equal to it afterwards."""
+    table, head = (changes.get(path) for path in (names.TABLE, names.HEAD))
+    if head is not None:
+        return table is not None and table.equals(head)
+    if table is None or tied_table:
+        return True
+    # Of the base's own table or of single rows: these the head follows.
+    return table.equals(Change(whole=lent, rows=table.rows))
+
+
+def _kinds(parts, biases):
+    """What is beyond pairs of projections, in words."""
+    if any("magnitude" in own for own in parts.values()):
+        yield "DoRA"
+    if biases:
+        yield "lora_bias"
+    if any("rows" in own for own in parts.values()):
+        yield "trained rows of the token table"
+    for module, what in ((_TABLE, "the token table"), (_HEAD, "the head")):
+        own = parts.get(module, {})
+        if "weight" in own or _pair(own):
+            yield f"a change of {what}"
+    others = [m for m in parts if "weight" in parts[m]]
+    others = [m for m in others if m not in (_TABLE, _HEAD)]
+    if others:
+        yield f"{len(others)} whole weights of other modules"

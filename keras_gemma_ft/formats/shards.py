@@ -15,6 +15,7 @@ from keras_gemma_ft.config import UserError
 from keras_gemma_ft.formats import tensors
 from keras_gemma_ft.formats.huggingface import backbone_config, read_json
 from keras_gemma_ft.formats.names import (
+    plain,
     to_huggingface,
     to_keras,
     variable_shapes,
@@ -22,11 +23,6 @@ from keras_gemma_ft.formats.names import (
 
 # Recomputed by the model: nothing to load.
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq")
-# What torch.compile, FSDP and DistributedDataParallel put into names.
-_WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module"
-    r"|_checkpoint_wrapped_module)\.|^module\."
-)
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Bytes of the table and the head that are compared at once.
 _COMPARED = 2**25
@@ -113,14 +109,6 @@ def _equal(folder, found):
     return True
 
 
-def _plain(name):
-    """A tensor's name without what wrappers add, and with `model.`."""
-    name = _WRAPPERS.sub("", name)
-    if name.startswith(("layers.", "embed_tokens.", "norm.")):
-        return f"model.{name}"
-    return name
-
-
 def _stored(path, shape, head_dim):
     # All strides are zero, so the reshapes in there copy nothing.
     name, array = to_huggingface(path, np.broadcast_to(np.int8(0), shape))
@@ -130,7 +118,7 @@ def _stored(path, shape, head_dim):
 def _check_shard(shard, file, expected, listed, found):
     """Complaints about one shard's header; notes its tensors in `found`."""
     for raw in file.keys():
-        name = _plain(raw)
+        name = plain(raw)
         if _IGNORED.fullmatch(name):
             continue
         part = file.get_slice(raw)
@@ -138,7 +126,10 @@ def _check_shard(shard, file, expected, listed, found):
         if name not in expected:
             yield f"{name}: unexpected in {shard}"
         elif name in found:
-            yield f"{name}: in both {found[name][0]} and {shard}"
+            both = " and ".join(
+                f"{n} in {s}" for s, n in (found[name], (shard, raw))
+            )
+            yield f"{name}: there twice, as {both}"
         elif shape != expected[name]:
             yield f"{name}: shape {shape}, expected {expected[name]}"
         elif dtype not in FLOATS:

@@ -1,95 +1,117 @@
-"""What other tools train beside plain LoRA, as a change of whole weights.
+"""A change of whole weights: an adapter that is more than pairs A B.
 
-DoRA, adapters on the token table or the head, rows of new tokens, norms: none
-of it is trained here, all of it can be merged into the base's weights. The
-arithmetic is PEFT's (peft/tuners/lora/layer.py, dora.py, trainable_tokens).
+`low_rank.Adapter` can be trained on. What is here can only be merged: DoRA,
+whole tensors that were trained beside the pairs, tables with added words, rows
+of single words, pairs of the token table or the head. It is made by
+`adapters.read`, and `merging` puts it into a model's weights.
 
-Letters: D hidden_dim, V words, r rank; matrices lie as in PEFT, [out, in].
+A weight is here a matrix [out, in] as Hugging Face has it (a norm is [D]), the
+token table and the head [V, D].
 """
 
 import dataclasses
 
 import numpy as np
 
-from keras_gemma_ft.formats import names
+from keras_gemma_ft.formats.names import HEAD, TABLE
 
-TABLE, HEAD = "token_embedding/embeddings", "lm_head/embeddings"
+# Numbers of a product that exist at once.
+_PART = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What becomes of one weight, in the order of the attributes.
+
+    Attributes:
+        whole: takes the weight's place; None leaves it. [V', D] of a table
+            may have other rows than the weight.
+        pair: (down [r, in], up [out, r]): `scale * up down` is added.
+        scale: of the pair.
+        magnitude: DoRA's (arXiv 2402.09353, equation 5): each row is brought
+            to this length, or with `axis` 0 each column; [out] or [in].
+        axis: that is summed over for a length.
+        rows: (indices [n], values [n, in]) that are put in; None puts none.
+    """
+
+    whole: object = None
+    pair: tuple | None = None
+    scale: float = 1.0
+    magnitude: object = None
+    axis: int = 1
+    rows: tuple | None = None
+
+    def apply(self, weight):
+        """The changed weight as a float32 array of its own."""
+        if self.whole is not None:
+            weight = self.whole
+        weight = weight.astype("float32")
+        if self.pair:
+            down, up = (x.astype("float32") for x in self.pair)
+            size = max(1, _PART // weight.shape[1])
+            for first in range(0, len(weight), size):
+                part = slice(first, first + size)
+                weight[part] += np.float32(self.scale) * (up[part] @ down)
+        if self.magnitude is not None:
+            length = np.sqrt(np.einsum(_SQUARES[self.axis], weight, weight))
+            ratio = self.magnitude.astype("float32") / length
+            weight *= np.expand_dims(ratio, self.axis)
+        if self.rows:
+            indices, values = self.rows
+            weight[indices] = values
+        return weight
+
+    def equals(self, other):
+        """Whether both do the same to every weight."""
+        mine, theirs = (
+            [x.whole, *(x.pair or (None, None)), x.magnitude,
+             *(x.rows or (None, None))]
+            for x in (self, other)
+        )  # fmt: skip
+        if self.pair and self.scale != other.scale:
+            return False
+        if self.magnitude is not None and self.axis != other.axis:
+            return False
+        return all(
+            a is b or (a is not None and b is not None and np.array_equal(a, b))
+            for a, b in zip(mine, theirs)
+        )
+
+
+_SQUARES = {1: "oi,oi->o", 0: "oi,oi->i"}
 
 
 @dataclasses.dataclass(frozen=True)
 class WholeChange:
-    """An adapter that exists merged only.
+    """An adapter that can be merged, and not be trained on.
 
     Attributes:
-        pairs: {Keras path: (lora_A [r, in], lora_B [out, r], scale)}; of the
-            table A is [r, V] and B [D, r], of the head [r, D] and [V, r].
-        magnitudes: {Keras path: float32 [out]} of DoRA (arXiv 2402.09353).
-        biases: {Keras path of a kernel: float32 [out]}, added to what comes
-            out of the projection; they cannot be merged into weights.
-        tensors: {Keras path: array} that stand in the base's place.
-        rows: (row numbers, float32 [n, D]) that stand in the table's, or None.
-        tied: whether the head is the table as it is after the change.
-        kinds: what it is made of, in words.
-        base: name of the model it was trained on.
-        doubts: sentences that a user should be told.
+        changes: {Keras path: `Change`}; `names.HEAD` is the head's, which a
+            base with a tied head has not.
+        lent: [V', D] in place of the base's table, where a head that is the
+            table begins; None: the base's table.
+        follows: whether a head that is the base's table stays the table, with
+            all that becomes of that.
+        biases: {(layer, target): [out]}, added to a projection's output, for
+            which Gemma 2 has no weights.
+        kinds: what makes it more than pairs, in words.
+        base: name of the model that it was trained on, where it is said.
+        doubts: sentences: what cannot be known of how it was trained.
     """
 
-    pairs: dict
-    magnitudes: dict
-    biases: dict
-    tensors: dict
-    rows: tuple | None
-    tied: bool
-    kinds: tuple
+    changes: dict
+    lent: object = None
+    follows: bool = True
+    biases: dict = dataclasses.field(default_factory=dict)
+    kinds: tuple = ()
     base: str = ""
     doubts: tuple = ()
 
     @property
-    def untied(self):
-        """Whether the head becomes another matrix than the table."""
-        changed = {*self.pairs, *self.tensors}
-        table = TABLE in changed or self.rows is not None
-        return not self.tied and (table or HEAD in changed)
-
-    def merged(self, path, array, head_dim):
-        """One variable of the base with the change in it.
-
-        Args:
-            path: Keras path; of the head, `array` is what the base's head is.
-            array: with Keras's shape.
-            head_dim: H.
-
-        Returns:
-            Array of float32, or `array` itself where nothing changes it.
-        """
-        if path == HEAD and self.tied:
-            path = TABLE
-        array = self.tensors.get(path, array)
-        rows = self.rows if path == TABLE else None
-        if rows is None and path not in self.pairs:
-            return array
-        weight = np.array(array, "float32")
-        if rows is not None:
-            numbers, values = rows
-            weight[numbers] = values
-        if path not in self.pairs:
-            return weight
-        a, b, scale = self.pairs[path]
-        change = np.float32(scale) * (b @ a)
-        if path == TABLE:
-            return weight + change.T
-        if path == HEAD:
-            return weight + change
-        name, weight = names.to_huggingface(path, weight)
-        weight = weight + change
-        if path in self.magnitudes:
-            norm = np.linalg.norm(weight, axis=1)
-            weight *= (self.magnitudes[path] / norm)[:, None]
-        return names.to_keras(name, weight, head_dim=head_dim)[1]
-
-    def backbone(self, sizes):
-        """The sizes of a base after the change: a table may have more rows."""
-        table = self.tensors.get(TABLE)
-        if table is None:
-            return sizes
-        return {**sizes, "vocabulary_size": len(table)}
+    def words(self):
+        """Rows of the table afterwards; None: as many as the base has."""
+        for path in (TABLE, HEAD):
+            change = self.changes.get(path)
+            if change is not None and change.whole is not None:
+                return len(change.whole)
+        return None if self.lent is None else len(self.lent)

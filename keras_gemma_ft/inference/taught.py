@@ -1,7 +1,9 @@
 """A base model and its adapter, set up the way the adapter was taught."""
 
+import gc
+
 from keras_gemma_ft import runtime
-from keras_gemma_ft.formats import adapters, models, usage
+from keras_gemma_ft.formats import adapters, usage
 from keras_gemma_ft.model import (
     base_template,
     lora,
@@ -42,6 +44,28 @@ def load(cfg, *, adapter=True, records=False):
     return cfg, loaded
 
 
+def adapted(cfg, held):
+    """The model with `cfg.adapter` in it, whose base was loaded before.
+
+    Args:
+        cfg: as `load` has given it.
+        held: list of the base's `presets.Loaded`, which is taken out: an
+            adapter that can be merged only has the weights loaded anew, and
+            the old ones should not be there at the same time.
+
+    Returns:
+        `presets.Loaded`.
+    """
+    loaded, change = held.pop(), whole(cfg)
+    if change is None:
+        lora.load(loaded.causal_lm.backbone, cfg.adapter)
+        return loaded
+    words = loaded.tokenizer
+    del loaded
+    gc.collect()
+    return presets.open(cfg, change=change)._replace(tokenizer=words)
+
+
 def tokenizer(cfg, base, rows):
     """The base's tokenizer, or that of an adapter that brought new tokens.
 
@@ -68,10 +92,11 @@ def whole(cfg):
     Raises:
         config.UserError: it is not for this base.
     """
-    if not (cfg.adapter and adapters.is_whole(cfg.adapter)):
+    if not cfg.adapter:
         return None
-    sizes = models.open(preset_source.folder(cfg.preset)).backbone
-    change = adapters.read(cfg.adapter, sizes)
+    change = adapters.read(cfg.adapter, preset_source.sizes(cfg.preset))
+    if not isinstance(change, adapters.WholeChange):
+        return None
     say_doubts(change)
     runtime.say(
         f"{cfg.adapter} holds {', '.join(change.kinds)}: it is merged into "

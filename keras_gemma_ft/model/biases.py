@@ -1,7 +1,6 @@
 """Biases that a foreign adapter adds to projections, which Gemma 2 has not."""
 
 from keras_gemma_ft import config
-from keras_gemma_ft.formats import merging
 from keras_gemma_ft.model import lora
 
 
@@ -10,7 +9,7 @@ def add(backbone, biases):
 
     Args:
         backbone: without LoRA.
-        biases: {Keras path of a kernel: float32 [out]}, scaled already.
+        biases: {(layer, target): float32 [out]}, scaled already.
 
     Raises:
         UserError: float16, in which what a projection gives is not its y.
@@ -20,8 +19,7 @@ def add(backbone, biases):
             "this adapter adds biases to projections, which float16 leaves "
             "no room for. Type --model.dtype=float32 or bfloat16."
         )
-    for path, bias in biases.items():
-        i, target = merging.key_of(path)
+    for (i, target), bias in biases.items():
         dense = lora.layer(backbone.transformer_layers[i], target)
         dense._tracker.unlock()
         dense.added_bias = dense.add_weight(

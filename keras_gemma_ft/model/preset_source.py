@@ -92,6 +92,15 @@ def folder(preset):
     return place.parent
 
 
+def sizes(preset):
+    """dict as of `GemmaBackbone.get_config()` of a preset, without weights."""
+    place = folder(preset)
+    settings = huggingface.read_json(place / "config.json")
+    if is_huggingface(place):
+        return huggingface.backbone_config(settings)
+    return settings["config"]
+
+
 def _fetch_weights(fetch):
     """Has `fetch` bring a preset's weights: its shards, or its one file."""
     try:

@@ -6,7 +6,6 @@ A name is the embedded model, a KerasHub preset, a handle (`kaggle://`,
 
 import collections
 import dataclasses
-import functools
 import json
 import math
 import pathlib
@@ -24,7 +23,7 @@ from keras_gemma_ft.formats import (
     shards,
     tokenizer_folder,
 )
-from keras_gemma_ft.formats.whole_change import HEAD
+from keras_gemma_ft.formats.names import HEAD, TABLE
 from keras_gemma_ft.model import (
     base_template,
     biases,
@@ -60,6 +59,11 @@ def open(cfg, *, full=False, change=None):
         model = dataclasses.replace(model, quantize="none")
     loaded = load(cfg.preset, dtype=dtype, model=model, change=change)
     backbone = loaded.causal_lm.backbone
+    if full and tables.has_head(backbone):
+        raise config.UserError(
+            f"--preset={cfg.preset} has a head of its own, for which what "
+            f"--lora.rank=0 writes has no place. Use --lora.rank=8."
+        )
     runtime.say(
         f"model: {cfg.preset}, {parameters(backbone):,} parameters, "
         f"{backbone.num_layers} layers, {len(backbone.variables)} variables "
@@ -72,6 +76,8 @@ def open(cfg, *, full=False, change=None):
 def parameters(backbone):
     """Numbers in a backbone's weights, however they are stored."""
     shapes = names.variable_shapes(backbone.get_config())
+    if tables.has_head(backbone):
+        shapes[HEAD] = shapes[TABLE]
     return sum(map(math.prod, shapes.values()))
 
 
@@ -119,10 +125,9 @@ def load(preset, *, dtype="float32", model=config.Model(), change=None):
     source = preset_source.resolve(preset)
     if change is not None:
         source = preset_source.folder(preset)
-        read = functools.partial(_read_changed, change=change)
         modes = model.quantize, model.quantize_embedding
         backbone, fingerprint = weights.once(
-            source, lambda: read(source, dtype), *modes
+            source, lambda: _read_changed(source, dtype, change), *modes
         )
         biases.add(backbone, change.biases)
     else:
@@ -215,8 +220,8 @@ def _from_keras_hub(source, dtype, load_weights=True):
 
 def _read_huggingface(folder, dtype):
     """A backbone filled from safetensors, one tensor in memory at a time."""
-    stream = shards.read_tensors(folder)
-    return _filled(_huggingface_backbone(folder, dtype), stream)
+    backbone = _huggingface_backbone(folder, dtype)
+    return _filled(backbone, shards.read_tensors(folder))
 
 
 def _huggingface_backbone(folder, dtype):
@@ -228,22 +233,18 @@ def _read_changed(folder, dtype, change):
     """A backbone of a folder's weights with a change in them."""
     model = models.Merged(models.open(folder), change)
     backbone = _build(model.backbone, dtype, HEAD in model.paths)
-    stream = ((path, model.read(path)) for path in model.paths)
-    return _filled(backbone, stream)
+    return _filled(backbone, ((p, model.read(p)) for p in model.paths))
 
 
 def _build(sizes, dtype, headed):
-    """A backbone of these sizes, with a head of its own if it is `headed`."""
+    """A backbone of these sizes; `headed`: with a head of its own."""
     settings = dict(sizes)
     scalar = settings.pop("query_pre_attn_scalar")
     backbone = keras_hub.models.GemmaBackbone(**settings, dtype=dtype)
     backbone.query_pre_attn_scalar = scalar
     if headed:
         tables.add_head(backbone)
-        runtime.say(
-            "the model has a head of its own (lm_head.weight), which is not "
-            "its token table; it is used, and not trained"
-        )
+        runtime.say("lm_head.weight is a head of its own: used, not trained")
     return backbone
 
 

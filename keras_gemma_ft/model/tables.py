@@ -29,6 +29,11 @@ def head(backbone):
     return of(backbone) if own is None else ops.convert_to_tensor(own)
 
 
+def has_head(backbone):
+    """Whether the head is a matrix of its own."""
+    return getattr(backbone.token_embedding, "head", None) is not None
+
+
 def add_head(backbone):
     """Gives a backbone a head of its own, frozen; returns its variable.
 
