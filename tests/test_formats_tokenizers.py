@@ -1,5 +1,6 @@
 """A vocabulary in Hugging Face's files: SentencePiece is the witness."""
 
+import importlib
 import json
 import pathlib
 
@@ -157,7 +158,9 @@ def as_google(proto, told):
 
     That is how Google's own files were made, by transformers 4.
     """
-    from transformers import convert_slow_tokenizer
+    convert_slow_tokenizer = importlib.import_module(
+        "transformers.convert_slow_tokenizer"
+    )
 
     pieces = tokenizer_files.parse(proto).pieces
     found = convert_slow_tokenizer.generate_merges(
