@@ -9,7 +9,7 @@ import safetensors.numpy
 import tiny
 import transformers
 from keras import ops
-from test_export import run
+from test_export import make, run
 
 from keras_gemma_ft import config, evaluate
 from keras_gemma_ft.config import UserError
@@ -353,3 +353,16 @@ def test_new_tokens_of_an_adapter_are_tokens(base, made, tmp_path):
         tmp_path / "out/merged_hf"
     )
     assert back("a zyx b")["input_ids"] == theirs("a zyx b")["input_ids"]
+
+
+@pytest.mark.once
+def test_adapters_over_a_head_of_its_own_are_verified(base, made, tmp_path):
+    run(base, tmp_path, formats="merged_hf", adapter=made("head")[0],
+        verify=False)  # fmt: skip
+    headed = tmp_path / "merged_hf"
+    make(tmp_path / "a", models.open(headed).backbone, "keras",
+         ("query",), 2, 2.0, False)  # fmt: skip
+    found = run(headed, tmp_path / "out", formats="peft,keras",
+                adapter=tmp_path / "a")  # fmt: skip
+    for one in found["exports"]:
+        assert one["verification"]["max_difference"] < CLOSE

@@ -138,6 +138,7 @@ def _transformers(base):
 
     transformers = quiet()
     told = huggingface.huggingface_config(base.backbone)
+    told["tie_word_embeddings"] = names.HEAD not in base.paths
     weights = {}
     for path in base.paths:
         array = models.cast(base.read(path), "float32")
