@@ -122,7 +122,8 @@ def settings(base, adapter, **more):
     return config.replace(config.Config(), values)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# The others are in test_foreign_adapters.py; these go through `taught.load`.
+@pytest.mark.parametrize("kind", ["dora", "bias", "head", "more words"])
 def test_we_compute_what_peft_does(base, made, kind, capsys):
     folder, _, want = made(kind)
     got = logits(settings(base, folder))
@@ -187,93 +188,6 @@ def test_a_head_of_its_own_is_trained_over(base, made, tmp_path):
         "data.train": "demo", "data.sequence_length": 40}))  # fmt: skip
     np.testing.assert_allclose(over["adapter"]["eval_loss"], found, rtol=1e-5)
     assert abs(over["base"]["eval_loss"] - found) > 0.05
-
-
-@pytest.mark.once
-def test_adapters_with_wrappers_names_are_the_same(base, made, tmp_path):
-    folder, _, _ = made("dora, all")
-    sizes = models.open(base).backbone
-    want = adapters.read(folder, sizes)
-    weights = folder / "adapter_model.safetensors"
-    tensors = safetensors.numpy.load_file(weights)
-    for number, change in enumerate(
-        (
-            lambda n: n.replace("base_model.model.", "base_model.model._orig_mod."),
-            lambda n: n.replace("layers.", "_fsdp_wrapped_module.layers."),
-            lambda n: f"module.{n}",
-            lambda n: n.removeprefix("base_model.model."),
-            lambda n: n.removeprefix("base_model.model.model."),
-            lambda n: n.replace(".lora_A.", ".lora_A.mine."),
-        )
-    ):  # fmt: skip
-        place = tmp_path / str(number)
-        shutil.copytree(folder, place)
-        safetensors.numpy.save_file(
-            {change(name): value for name, value in tensors.items()},
-            place / weights.name,
-        )
-        got = adapters.read(place, sizes)
-        assert got.changes.keys() == want.changes.keys()
-        for path, change in want.changes.items():
-            assert change.equals(got.changes[path]), path
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "bare"])
-def test_models_with_wrappers_names_are_the_same(base, tmp_path, prefix):
-    """And a Gemma2Model's, saved without its head."""
-    shutil.copytree(base, tmp_path / "m")
-    weights = tmp_path / "m/model.safetensors"
-    tensors = safetensors.numpy.load_file(weights)
-    bare = prefix == "bare"
-    renamed = {
-        name.removeprefix("model.") if bare else prefix + name: value
-        for name, value in tensors.items()
-    }
-    safetensors.numpy.save_file(renamed, weights)
-    one, two = models.open(base), models.open(tmp_path / "m")
-    assert one.paths == two.paths
-    for path in one.paths:
-        np.testing.assert_array_equal(one.read(path), two.read(path))
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_mlx_adapters_are_read(base, made, tmp_path, kind):
-    """As mlx-lm lays them: [in, r], [r, out], and a scale used as it is."""
-    folder, _, want = made("dora, all")
-    tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
-    named = {}
-    for name, value in tensors.items():
-        name = name.removeprefix("base_model.model.")
-        if name.endswith("lora_magnitude_vector"):
-            if kind == "dora":
-                named[name.replace("lora_magnitude_vector", "m")] = value
-            continue
-        name = name.replace("lora_A.weight", "lora_a")
-        name = name.replace("lora_B.weight", "lora_b")
-        named[name] = np.ascontiguousarray(value.T)
-    place = tmp_path / "mlx"
-    place.mkdir()
-    safetensors.numpy.save_file(named, place / "adapters.safetensors")
-    told = {
-        "fine_tune_type": kind,
-        "num_layers": 3,
-        "lora_parameters": {"rank": 3, "scale": 5 / 3**0.5, "dropout": 0.0},
-    }
-    (place / "adapter_config.json").write_text(json.dumps(told))
-    if kind == "dora":
-        tiny.close(kind, logits(settings(base, place)), want, atol=CLOSE)
-        return
-    found = adapters.read(place, models.open(base).backbone)
-    assert (found.style, found.rank) == ("standard", 3)
-    np.testing.assert_allclose(
-        adapters.scale(found.rank, found.alpha), 5 / 3**0.5
-    )
-    told["lora_parameters"]["scale"] = "big"
-    (place / "adapter_config.json").write_text(json.dumps(told))
-    with pytest.raises(UserError, match="lora_parameters.scale='big'"):
-        adapters.read(place, models.open(base).backbone)
 
 
 @pytest.mark.once

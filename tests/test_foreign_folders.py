@@ -14,7 +14,7 @@ from keras_gemma_ft import config
 from keras_gemma_ft.config import UserError
 from keras_gemma_ft.data import chat_template, layouts, templates, tokens
 from keras_gemma_ft.formats import tokenizer_files, usage
-from keras_gemma_ft.inference import chat, sampling
+from keras_gemma_ft.inference import chat, sampling, switching
 from keras_gemma_ft.model import (
     base_template,
     forward,
@@ -334,6 +334,14 @@ def test_a_chat_uses_the_template(chatml, monkeypatch, capsys):
     answer = session.answer(["two?"])
     assert answer[0]["prompt"] == "two?"
     assert "a chat template of its own" in capsys.readouterr().err
+
+
+def test_the_endpoint_uses_the_template_too(chatml):
+    """`serve`, and several adapters, load by another way."""
+    cfg = settings(chatml)
+    one, several = chat.load(cfg), chat.of_several(switching.load(cfg), cfg)
+    assert list(several.ids("Hi")) == list(one.ids("Hi"))
+    assert several.template.kind == "jinja"
 
 
 @pytest.mark.parametrize("rank", [4, 0])

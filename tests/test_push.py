@@ -4,11 +4,13 @@ import base64
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 
 import pytest
+import safetensors.numpy
 from test_export import make
 
 from keras_gemma_ft import config
@@ -204,3 +206,29 @@ def test_addresses_are_checked_before_anything_is_done():
             push.check(address)
     push.check("hf://owner/name")
     push.check("kaggle://owner/model/keras/variation")
+
+
+def test_a_base_on_this_machine_is_told_by_its_name(hub, adapter, tmp_path):
+    """Neither PEFT's settings nor a GGUF hold its path."""
+    base = tmp_path / "private/base"
+    shutil.copytree(preset_source.folder(config.EMBEDDED_PRESET), base)
+    made = tmp_path / "private/mine"
+    shutil.copytree(adapter, made)
+    file = made / "adapter_config.json"
+    told = json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}
+    file.write_text(json.dumps(told))
+    weights = made / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(weights)
+    safetensors.numpy.save_file(tensors, weights, {"format": "pt"})
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    status, told = export(
+        made, tmp_path / "out", "hf://owner/name",
+        {"HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN},
+        "--format=peft,gguf_adapter", f"--preset={base}",
+    )  # fmt: skip
+    assert status == 0, told
+    settings = json.loads(hub.files["peft/adapter_config.json"])
+    assert settings["base_model_name_or_path"] == "base"
+    assert len(hub.files) > 5
+    for name, data in hub.files.items():
+        assert str(tmp_path).encode() not in data, name

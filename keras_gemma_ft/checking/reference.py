@@ -11,6 +11,7 @@ head_dim, F feed-forward width, V words.
 import numpy as np
 
 from keras_gemma_ft.formats.huggingface import query_scalar
+from keras_gemma_ft.formats.names import HEAD, TABLE
 
 _EPSILON = 1e-6
 # Words of the table that are multiplied at once: 75 MB of 2B in float32.
@@ -30,7 +31,7 @@ def logits(model, sequences, *, dtype="float32"):
         List of arrays [T, V], one for each sequence.
     """
     sizes = model.backbone
-    table = model.read("token_embedding/embeddings")
+    table = model.read(TABLE)
     root = np.sqrt(sizes["hidden_dim"]).astype(dtype)
     streams = [table[np.asarray(ids)].astype(dtype) * root for ids in sequences]
     del table
@@ -43,10 +44,7 @@ def logits(model, sequences, *, dtype="float32"):
 
 def _head(model, hidden, dtype):
     """[T, V] of each hidden [T, D], through the table or a head of its own."""
-    path = "token_embedding/embeddings"
-    if "lm_head/embeddings" in model.paths:
-        path = "lm_head/embeddings"
-    table = model.read(path)
+    table = model.read(HEAD if HEAD in model.paths else TABLE)
     lengths = np.cumsum([len(x) for x in hidden])[:-1]
     together = np.concatenate(hidden)
     parts = [

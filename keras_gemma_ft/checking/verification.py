@@ -18,13 +18,12 @@ class Trained(NamedTuple):
     Attributes:
         by: what computed it, in words.
         tuned: logits of the probes, with the adapter; see `witnesses`.
-        base: logits without it; None of a model that was tuned whole.
-        told: {"loss", "loss_base", ...} of the probes' answers, in nats.
+        told: {"probes", "loss", "loss_base", ...}: what was asked, and the
+            losses of the answers in nats.
     """
 
     by: str
     tuned: list
-    base: Any
     told: dict
 
 
@@ -50,7 +49,7 @@ def trained(cfg, base, adapter, asked):
             models.Merged(base, adapter), asked.sequences
         )
         plain = adapter and witnesses.by_reference(base, asked.sequences)
-    told = {"loss": probes.loss(tuned, asked)}
+    told = {"probes": asked.origin, "loss": probes.loss(tuned, asked)}
     if adapter is not None:
         effect = compare.differences(tuned, plain)
         if effect["max_difference"] == 0:
@@ -69,7 +68,7 @@ def trained(cfg, base, adapter, asked):
             _, quantised = _through_keras(cfg, model, adapter, asked)
             told["loss_quantised_base"] = probes.loss(quantised, asked)
     told = {name: value for name, value in told.items() if value is not None}
-    return Trained(by, tuned, plain, told)
+    return Trained(by, tuned, told)
 
 
 def _through_keras(cfg, model, adapter, asked):
@@ -97,7 +96,7 @@ def verify(what, folder, kind, case, truth):
         truth: `Trained`.
 
     Returns:
-        dict: "witness" and what `compare.differences` tells, rounded.
+        dict: "witness", "against", and what `compare.differences` tells.
 
     Raises:
         UserError: it computes something else, or cannot be opened.
@@ -174,8 +173,3 @@ def _version(package):
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def record(truth, asked):
-    """What an export remembers of the comparison beside each format's own."""
-    return {"probes": asked.origin, **truth.told}

@@ -25,7 +25,7 @@ def run(cfg):
         cfg: `config.Config`.
 
     Returns:
-        The result: {"exports": [...], "verified": whether by comparison}.
+        The result: {"exports": [{"format", "path", "verification", ...}], ...}.
 
     Raises:
         UserError: see the message; nothing that did not verify is left.
@@ -34,10 +34,12 @@ def run(cfg):
     push.check(cfg.export.push_to)
     source = sources.open(cfg)
     _refuse(formats, source)
+    for what in formats:
+        writers.check(what, source, cfg.export)
     folder = sources.target(cfg, source)
     places = {what: folder / what for what in formats}
     _check_replaceable(places.values())
-    truth, asked, case = None, None, None
+    truth, case = None, None
     if cfg.export.verify:
         asked = probes.choose(source.cfg, source.tokenizer)
         case = witnesses.Case(source.base, asked.sequences, source.tokenizer)
@@ -47,10 +49,9 @@ def run(cfg):
         runtime.say(f"compared on {asked.origin}: {_losses(truth.told)}")
     result = {"name": source.name, "base": source.cfg.preset, "exports": []}
     result |= {"merged": source.made} if source.made else {}
-    if truth:
-        result |= verification.record(truth, asked)
+    result |= truth.told if truth else {}
     for what, place in places.items():
-        told = _one(what, place, source, cfg, case, truth, asked)
+        told = _one(what, place, source, cfg, case, truth)
         result["exports"].append({"format": what, "path": str(place), **told})
         runtime.say(f"{what}: {place}")
     if cfg.export.push_to:
@@ -58,16 +59,17 @@ def run(cfg):
     return result
 
 
-def _one(what, place, source, cfg, case, truth, asked):
+def _one(what, place, source, cfg, case=None, truth=None):
     """Writes one format, whole and verified, or not at all."""
-    with atomic.replacing(place, _size(what, source, cfg)) as partial:
+    wanted = writers.size(what, source, cfg.export)
+    with atomic.replacing(place, wanted) as partial:
         kind = writers.WRITERS[what](source, partial, cfg.export)
         told = {"stored_as": kind}
         if truth:
             told["verification"] = verification.verify(
                 what, partial, kind, case, truth
             )
-        whole = told | (verification.record(truth, asked) if truth else {})
+        whole = told | (truth.told if truth else {})
         if source.usage:
             usage.write(partial, _travels(what, source, cfg))
         text = card.card(what, partial, source, whole)
@@ -86,14 +88,6 @@ def _travels(what, source, cfg):
     if config.FORMATS[what]:
         told = travelling.of_whole(told)
     return travelling.public(told) if cfg.export.push_to else told
-
-
-def _size(what, source, cfg):
-    """About how many bytes a format takes; 0 where that is little."""
-    if not config.FORMATS[what]:
-        return 0
-    width = 4 if "32" in f"{cfg.export.dtype} {cfg.export.quantize}" else 2
-    return witnesses.models.parameters(source.base) * width
 
 
 def _refuse(formats, source):

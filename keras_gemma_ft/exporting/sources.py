@@ -6,6 +6,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from keras_gemma_ft import config, runtime
+from keras_gemma_ft.exporting import travelling
 from keras_gemma_ft.formats import (
     adapters,
     checkpoints,
@@ -95,15 +96,20 @@ def open(cfg):
         read_one = functools.partial(
             adapters.read, backbone=base.backbone, base=cfg.preset
         )
-        adapter, made = _combined(cfg, map(read_one, parts), weights)
+        held = [read_one(path) for path in parts]
+        for one in held:
+            taught.say_doubts(one)
+        adapter, made = _combined(cfg, held, weights)
         if made:
             runtime.say(_sentence(made, parts))
     rows = models.Merged(base, adapter).backbone["vocabulary_size"]
     words = taught.tokenizer(cfg, presets.tokenizer(folder), rows)
     cfg = base_template.settle(cfg, words)
     _, travels = usage.find(origin)
-    for doubt in adapter.doubts if adapter else ():
-        runtime.say(f"warning: {doubt}")
+    if cfg.export.push_to and isinstance(adapter, adapters.Adapter):
+        # It is for others now: no path of this machine.
+        base_name = travelling.name(adapter.base)
+        adapter = dataclasses.replace(adapter, base=base_name)
     return Source(
         cfg,
         base,
@@ -223,7 +229,7 @@ def _name(origin):
     """What an export of `origin` is called: its run's, or its folder's name."""
     run = _run(origin)
     name = (run or pathlib.Path(origin)).name
-    return name.removesuffix(".lora.h5") or "model"
+    return name.removesuffix(".lora.h5").removesuffix(".gguf") or "model"
 
 
 def _facts(origin):

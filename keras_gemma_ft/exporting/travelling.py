@@ -16,13 +16,14 @@ def of_whole(usage):
     return usage._replace(told={**usage.told, "settings": settings})
 
 
+def name(preset):
+    """What a preset is called where its folder is not: its last part."""
+    path = pathlib.Path(preset)
+    return path.name if path.expanduser().exists() else preset
+
+
 def public(usage):
     """`usage` without paths of this machine, for whoever it is given to."""
-
-    def name(text):
-        here = pathlib.Path(text).expanduser().exists()
-        return pathlib.Path(text).name if here else text
-
     told = {**usage.told, "settings": dict(usage.told["settings"])}
     for held in (told["settings"], told.setdefault("base", {})):
         if "preset" in held:

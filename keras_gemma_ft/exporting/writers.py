@@ -7,7 +7,7 @@ kind of GGUF.
 
 from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import chat_template
-from keras_gemma_ft.exporting import modelfile
+from keras_gemma_ft.exporting import modelfile, travelling
 from keras_gemma_ft.formats import (
     adapters,
     gguf_adapter,
@@ -15,6 +15,7 @@ from keras_gemma_ft.formats import (
     keras_preset,
     merged,
     models,
+    names,
     tokenizer_files,
 )
 
@@ -61,12 +62,6 @@ def merged_hf(source, folder, settings):
 def merged_keras(source, folder, settings):
     """A preset folder for stock KerasHub."""
     model, dtype, shards = _merged(source, settings)
-    if "lm_head/embeddings" in model.paths:
-        raise config.UserError(
-            "merged_keras: this model has a head of its own (lm_head), and "
-            "KerasHub's Gemma has none beside the token table. Export it as "
-            "merged_hf."
-        )
     keras_preset.write_preset(
         folder,
         model,
@@ -84,12 +79,40 @@ def _template(source):
     return chat_template.of(data.template, system=data.system)
 
 
+def check(what, source, settings):
+    """UserError if a format cannot hold the model; nothing is computed."""
+    model = models.Merged(source.base, source.adapter)
+    if what in ("gguf", "ollama"):
+        gguf_model.check(model, settings.quantize)
+    if what == "merged_keras" and names.HEAD in model.paths:
+        raise config.UserError(
+            "merged_keras: this model has a head of its own (lm_head), and "
+            "KerasHub's Gemma has none beside the token table. Export it as "
+            "merged_hf."
+        )
+
+
+def size(what, source, settings):
+    """About how many bytes a format takes; 0 where that is little."""
+    if not config.FORMATS[what]:
+        return 0
+    kind = _dtype(source, settings)
+    if what in ("gguf", "ollama"):
+        kind = settings.quantize
+    return models.parameters(source.base) * (4 if kind.endswith("32") else 2)
+
+
+def _dtype(source, settings):
+    """Name of the dtype of merged weights."""
+    if settings.dtype == "auto":
+        return models.dtype_of(source.base)
+    return settings.dtype
+
+
 def _merged(source, settings):
     """(reader of the merged model, name of its dtype, its shards)."""
     model = models.Merged(source.base, source.adapter)
-    dtype = settings.dtype
-    if dtype == "auto":
-        dtype = models.dtype_of(source.base)
+    dtype = _dtype(source, settings)
     limit = config.exporting.size(settings.max_shard_size)
     return model, dtype, models.split(model, dtype, limit)
 
@@ -101,7 +124,7 @@ def adapter_gguf(source, folder, settings):
         folder / "adapter.gguf",
         source.adapter,
         name=source.name,
-        base=source.cfg.preset,
+        base=travelling.name(source.cfg.preset),
     )
     return "float32"
 

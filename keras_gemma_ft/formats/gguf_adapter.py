@@ -11,7 +11,11 @@ import numpy as np
 from keras_gemma_ft.config import UserError
 from keras_gemma_ft.formats import gguf_file, gguf_names, low_rank
 from keras_gemma_ft.formats.atomic import replacing
-from keras_gemma_ft.formats.names import kernel_shapes
+from keras_gemma_ft.formats.names import (
+    MODULES,
+    huggingface_shapes,
+    kernel_shapes,
+)
 
 ARCHITECTURE = "gemma2"
 _LAYERS = {name: target for target, name in gguf_names.TARGETS.items()}
@@ -183,24 +187,16 @@ def _unknown(stem):
 
 
 def _misfits(pairs, backbone):
-    kernels = kernel_shapes(backbone)
+    shapes = huggingface_shapes(backbone)
     for (layer, target), (a, b) in pairs.items():
         where = f"blk.{layer}.{gguf_names.TARGETS[target]}"
         if layer >= backbone["num_layers"]:
             yield f"{where}: the model has {backbone['num_layers']} layers"
             continue
-        inside, outside = matrix_shape(target, kernels[target])
+        module = f"model.layers.{layer}.{MODULES[target]}.weight"
+        outside, inside = shapes[module]
         if (a.shape[1], len(b)) != (inside, outside):
             yield (
                 f"{where}: {a.shape[1]} -> {len(b)}, expected {inside} -> "
                 f"{outside}"
             )
-
-
-def matrix_shape(target, kernel):
-    """(in, out) of a Keras kernel's shape as a matrix."""
-    if target in low_rank.HEADED:
-        return kernel[1], kernel[0] * kernel[2]
-    if target == "attention_output":
-        return kernel[0] * kernel[1], kernel[2]
-    return kernel

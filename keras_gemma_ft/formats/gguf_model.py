@@ -10,6 +10,13 @@ from keras_gemma_ft.config import UserError
 from keras_gemma_ft.formats import gguf_file, gguf_names, names
 from keras_gemma_ft.formats.atomic import replacing
 from keras_gemma_ft.formats.huggingface import query_scalar
+from keras_gemma_ft.formats.tokenizer_files import (
+    CONTROL,
+    SPACE,
+    UNUSED,
+    USER_DEFINED,
+    parse,
+)
 
 # What the gguf package can quantise to: kind -> general.file_type. The K-quants
 # it reads, and does not write; llama.cpp's llama-quantize makes them of an f16.
@@ -17,7 +24,6 @@ KINDS = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9,
     "bf16": 32,
 }  # fmt: skip
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 # Scores of pieces that no merge makes, as the conversion of llama.cpp has them.
 _ADDED, _PADDING = -1000.0, -10000.0
 _CONTEXT = 8192
@@ -42,9 +48,7 @@ def write_gguf_model(path, model, proto, *, kind="f16", template="", name=""):
     """
     import gguf
 
-    wrong = [*_refusals(model, kind)]
-    if wrong:
-        raise UserError("this model cannot be a GGUF:\n  " + "\n  ".join(wrong))
+    check(model, kind)
     stored = gguf.GGMLQuantizationType[kind.upper()]
     with replacing(path) as partial:
         writer = gguf.GGUFWriter(partial, "gemma2")
@@ -52,9 +56,10 @@ def write_gguf_model(path, model, proto, *, kind="f16", template="", name=""):
         _write_vocabulary(writer, proto, model.backbone["vocabulary_size"])
         if template:
             writer.add_chat_template(template)
-        shapes = names.variable_shapes(model.backbone)
+        shapes = names.huggingface_shapes(model.backbone)
         for variable in model.paths:
-            _announce(writer, variable, shapes[variable], stored)
+            shape = shapes[names.huggingface_name(variable)]
+            _announce(writer, variable, shape, stored)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -93,7 +98,7 @@ def _refusals(model, kind):
     for cap in ("attention_logit_soft_cap", "final_logit_soft_cap"):
         if not sizes[cap]:
             yield f"it has no {cap}; llama.cpp always has one"
-    if "lm_head/embeddings" in model.paths:
+    if names.HEAD in model.paths:
         yield (
             "it has a head of its own (lm_head); llama.cpp's Gemma 2 takes "
             "the token table. Export it as merged_hf"
@@ -132,25 +137,22 @@ def _write_sizes(writer, sizes, file_type, name):
 
 def _write_vocabulary(writer, proto, words):
     """SentencePiece's pieces; rows of the table beyond them are unused."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto()
-    model.ParseFromString(proto)
+    model = parse(proto)
     tokens, scores, kinds = [], [], []
     for piece in model.pieces:
         text, score, kind = piece.piece, piece.score, piece.type
-        if kind == _CONTROL:
+        if kind == CONTROL:
             score = _ADDED
-        elif kind == _USER_DEFINED:
+        elif kind == USER_DEFINED:
             # llama.cpp finds these in a text before it replaces spaces.
-            text, score = text.replace("\u2581", " "), _ADDED
+            text, score = text.replace(SPACE, " "), _ADDED
         tokens.append(text.encode())
         scores.append(score)
         kinds.append(kind)
     for number in range(len(tokens), words):
         tokens.append(f"[PAD{number}]".encode())
         scores.append(_PADDING)
-        kinds.append(_UNUSED)
+        kinds.append(UNUSED)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
@@ -189,9 +191,6 @@ def _announce(writer, path, shape, stored):
     """Tells the writer of a tensor whose data comes later."""
     import gguf
 
-    # All strides are zero: nothing of the size is made.
-    empty = np.broadcast_to(np.float32(0), shape)
-    shape = _matrix(path, empty).shape if len(shape) > 1 else shape
     kind = _kind(shape, stored)
     nbytes, raw = int(np.prod(shape)) * 4, None
     if kind.name not in ("F32", "F16"):
@@ -239,15 +238,12 @@ class GgufModel:
                 f"{path} is not a Gemma 2 of llama.cpp: {error!r}."
             ) from None
         known = gguf_names.paths(self.backbone)
-        shapes = names.variable_shapes(self.backbone)
+        shapes = names.huggingface_shapes(self.backbone)
         held, wrong = self.file.tensors, []
         for name in held.keys() - known:
             wrong.append(f"{name}: unexpected")
         for name, variable in known.items():
-            empty = np.broadcast_to(np.float32(0), shapes[variable])
-            shape = empty.shape
-            if len(shape) > 1:
-                shape = names.to_huggingface(variable, empty)[1].shape
+            shape = shapes[names.huggingface_name(variable)]
             if name not in held:
                 wrong.append(f"{name}: missing")
             elif held[name].shape != shape:
@@ -257,7 +253,7 @@ class GgufModel:
                 f"{path} is not a whole Gemma 2:\n  "
                 + "\n  ".join(sorted(wrong)[:20])
             )
-        self.paths = list(shapes)
+        self.paths = list(known.values())
 
     def read(self, path):
         """One variable in float32, with Keras's shape."""

@@ -171,7 +171,7 @@ def write_preset(folder, model, proto, *, dtype, shards, versions):
         model: a reader; see `formats/models.py`.
         proto: bytes of the SentencePiece model.
         dtype: name of the dtype that the weights are stored in.
-        shards: lists of paths, one for each file, as `models.shards` makes.
+        shards: lists of paths, one for each file, as `models.split` makes.
         versions: what `runtime.versions` tells, for metadata.json.
     """
     folder = pathlib.Path(folder)
@@ -213,21 +213,25 @@ def _put(file, group, value, dtype):
         file[f"{group}/0"] = value.astype(dtype, copy=False)
 
 
-def _config(backbone, dtype):
-    settings = {name: backbone[name] for name in _ARGUMENTS}
-    policy = {
+def _policy(dtype):
+    """A dtype policy as Keras writes it."""
+    return {
         "module": "keras",
         "class_name": "DTypePolicy",
         "config": {"name": dtype},
         "registered_name": None,
     }
+
+
+def _config(backbone, dtype):
+    settings = {name: backbone[name] for name in _ARGUMENTS}
     return {
         "module": "keras_hub.src.models.gemma.gemma_backbone",
         "class_name": "GemmaBackbone",
         "config": {
             "name": "gemma_backbone",
             "trainable": True,
-            "dtype": policy,
+            "dtype": _policy(dtype),
             **settings,
             "layer_norm_epsilon": 1e-6,
             "dropout": 0,
@@ -237,19 +241,13 @@ def _config(backbone, dtype):
 
 
 def _tokenizer():
-    policy = {
-        "module": "keras",
-        "class_name": "DTypePolicy",
-        "config": {"name": "int32"},
-        "registered_name": None,
-    }
     return {
         "module": "keras_hub.src.models.gemma.gemma_tokenizer",
         "class_name": "GemmaTokenizer",
         "config": {
             "name": "gemma_tokenizer",
             "trainable": True,
-            "dtype": policy,
+            "dtype": _policy("int32"),
             "config_file": "tokenizer.json",
             "proto": None,
             "sequence_length": None,

@@ -19,7 +19,7 @@ from keras_gemma_ft import config, runtime
 from keras_gemma_ft.data import examples
 from keras_gemma_ft.formats import adapters, combine, low_rank, usage
 from keras_gemma_ft.inference import taught
-from keras_gemma_ft.model import lora, presets
+from keras_gemma_ft.model import base_template, lora, presets
 
 # What decides over which weights an adapter computes.
 _BASE = ("preset", "model.quantize", "model.quantize_embedding", "model.dtype")
@@ -175,15 +175,15 @@ def load(cfg, *, records=False):
     base = base_name(first.preset)
     names = named(found, base)
     model = presets.open(first)
+    settled = [base_template.settle(own, model.tokenizer) for own in settled]
     backbone = model.causal_lm.backbone
-    held = {
-        name: adapters.read(path, backbone.get_config())
-        for name, path in names.items()
-    }
+    sizes = backbone.get_config()
+    held = {name: adapters.read(path, sizes) for name, path in names.items()}
     combine.check_plain(held.values())
-    for own in settled if found else ():
+    for own, adapter in zip(settled, held.values()):
+        taught.say_doubts(adapter)
         taught.say_doubt(own, model)
-    ways = {**dict(zip(names, settled)), base: first}
+    ways = {**dict(zip(names, settled)), base: settled[0]}
     return Loaded(ways, model, Adapters(backbone, held, base=base))
 
 

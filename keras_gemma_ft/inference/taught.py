@@ -29,17 +29,13 @@ def load(cfg, *, adapter=True, records=False):
         config.UserError: the base or the adapter is not what it should be.
     """
     cfg = usage.settle(cfg, runtime.say, records=records)
-    change = whole(cfg)
-    loaded = presets.open(cfg, change=change if adapter else None)
+    # Before the weights: a wrong path should not cost minutes.
+    found = read(cfg)
+    loaded = _open(cfg, found if adapter else None)
     backbone = loaded.causal_lm.backbone
     words = tokenizer(cfg, loaded.tokenizer, backbone.vocabulary_size)
     loaded = loaded._replace(tokenizer=words)
     cfg = base_template.settle(cfg, words)
-    if change is None and cfg.adapter:
-        found = adapters.read(cfg.adapter, backbone.get_config())
-        say_doubts(found)
-        if adapter:
-            lora.put(backbone, found)
     say_doubt(cfg, loaded)
     return cfg, loaded
 
@@ -56,14 +52,14 @@ def adapted(cfg, held):
     Returns:
         `presets.Loaded`.
     """
-    loaded, change = held.pop(), whole(cfg)
-    if change is None:
-        lora.load(loaded.causal_lm.backbone, cfg.adapter)
+    loaded, found = held.pop(), read(cfg)
+    if not isinstance(found, adapters.WholeChange):
+        lora.put(loaded.causal_lm.backbone, found)
         return loaded
     words = loaded.tokenizer
     del loaded
     gc.collect()
-    return presets.open(cfg, change=change)._replace(tokenizer=words)
+    return _open(cfg, found)._replace(tokenizer=words)
 
 
 def tokenizer(cfg, base, rows):
@@ -86,23 +82,31 @@ def tokenizer(cfg, base, rows):
     return own
 
 
-def whole(cfg):
-    """What `cfg.adapter` changes, if it can be merged only; else None.
+def read(cfg):
+    """The adapter that `cfg` names, of either kind; None: it names none.
 
     Raises:
-        config.UserError: it is not for this base.
+        config.UserError: it is damaged, or not for this base.
     """
     if not cfg.adapter:
         return None
-    change = adapters.read(cfg.adapter, preset_source.sizes(cfg.preset))
-    if not isinstance(change, adapters.WholeChange):
-        return None
-    say_doubts(change)
-    runtime.say(
-        f"{cfg.adapter} holds {', '.join(change.kinds)}: it is merged into "
-        f"the base as that is read"
-    )
-    return change
+    found = adapters.read(cfg.adapter, preset_source.sizes(cfg.preset))
+    say_doubts(found)
+    return found
+
+
+def _open(cfg, found):
+    """The base of `cfg` with an adapter on it, or merged into it, or none."""
+    if isinstance(found, adapters.WholeChange):
+        runtime.say(
+            f"{cfg.adapter} holds {', '.join(found.kinds)}: it is merged into "
+            f"the base as that is read"
+        )
+        return presets.open(cfg, change=found)
+    loaded = presets.open(cfg)
+    if found:
+        lora.put(loaded.causal_lm.backbone, found)
+    return loaded
 
 
 def say_doubts(adapter):

@@ -75,49 +75,46 @@ def folder(preset):
     source = resolve(preset)
     if isinstance(source, pathlib.Path):
         return source
+    fetch = functools.partial(_fetch, preset, source)
+    place = fetch("config.json").parent
+    fetch(VOCABULARY)
+    try:
+        listed = huggingface.read_json(fetch(MAP))["weight_map"]
+    except config.UserError:  # No map: the weights are one file.
+        fetch(WEIGHTS)
+        return place
+    files = [[f] if isinstance(f, str) else f for f in listed.values()]
+    for file in sorted({name for some in files for name in some}):
+        fetch(file)
+    return place
+
+
+def _fetch(preset, source, file):
+    """One file of a KerasHub name or kaggle:// handle, here or downloaded."""
     import kagglehub
 
     known = keras_hub.models.GemmaBackbone.presets.get(source)
     handle = known["kaggle_handle"] if known else source
     handle = handle.removeprefix("kaggle://")
     try:
-        place = pathlib.Path(kagglehub.model_download(handle, "config.json"))
-        kagglehub.model_download(handle, VOCABULARY)
-        _fetch_weights(functools.partial(kagglehub.model_download, handle))
+        return pathlib.Path(kagglehub.model_download(handle, file))
     except Exception as error:
         said = cure(source, error)
         if said is None:
             raise
         raise config.UserError(f"--preset={preset}: {said}") from None
-    return place.parent
 
 
 def sizes(preset):
     """dict as of `GemmaBackbone.get_config()` of a preset, without weights."""
-    place = folder(preset)
-    settings = huggingface.read_json(place / "config.json")
-    if is_huggingface(place):
+    source = resolve(preset)
+    if not isinstance(source, pathlib.Path):
+        file = _fetch(preset, source, "config.json")
+        return huggingface.read_json(file)["config"]
+    settings = huggingface.read_json(source / "config.json")
+    if is_huggingface(source):
         return huggingface.backbone_config(settings)
     return settings["config"]
-
-
-def _fetch_weights(fetch):
-    """Has `fetch` bring a preset's weights: its shards, or its one file."""
-    try:
-        listed = huggingface.read_json(fetch(MAP))["weight_map"]
-    except Exception as error:  # No map: the weights are one file.
-        if is_unreachable(error):
-            raise
-        fetch(WEIGHTS)
-        return
-    files = [[f] if isinstance(f, str) else f for f in listed.values()]
-    for file in sorted({name for some in files for name in some}):
-        fetch(file)
-
-
-def is_unreachable(error):
-    """Whether an error of a download is the network's, not the file's."""
-    return isinstance(error, (ConnectionError, TimeoutError))
 
 
 def is_huggingface(source):

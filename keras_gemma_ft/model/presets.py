@@ -226,7 +226,7 @@ def _read_huggingface(folder, dtype):
 
 def _huggingface_backbone(folder, dtype):
     sizes, found = shards.find(folder)
-    return _build(sizes, dtype, "lm_head.weight" in found)
+    return _build(sizes, dtype, names.huggingface_name(HEAD) in found)
 
 
 def _read_changed(folder, dtype, change):
@@ -253,8 +253,8 @@ def _filled(backbone, stream):
     variables = {
         v.path.removeprefix(f"{backbone.name}/"): v for v in backbone.variables
     }
-    if (head := getattr(backbone.token_embedding, "head", None)) is not None:
-        variables[HEAD] = head
+    if tables.has_head(backbone):
+        variables[HEAD] = backbone.token_embedding.head
     for path, array in progress(stream, len(backbone.variables), "loading"):
         variables[path].assign(array)
     return backbone

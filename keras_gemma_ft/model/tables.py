@@ -25,8 +25,9 @@ def of(backbone):
 
 def head(backbone):
     """The matrix that the head multiplies by: the table, or its own [V, d]."""
-    own = getattr(backbone.token_embedding, "head", None)
-    return of(backbone) if own is None else ops.convert_to_tensor(own)
+    if not has_head(backbone):
+        return of(backbone)
+    return ops.convert_to_tensor(backbone.token_embedding.head)
 
 
 def has_head(backbone):

@@ -38,8 +38,9 @@ from keras_gemma_ft.runtime.process import (
 )
 
 __all__ = [
-    "BUG", "DONE", "MISTAKE", "RESUMABLE", "Ended", "Stopped", "allocator", "available_bytes",
-    "choose_backend", "choose_dtype", "cuda", "cuda_capability",
-    "cuda_memory", "cuda_name", "gpus", "main", "on_abort", "peak_memory_bytes",
-    "say", "start", "tpu", "uses_cuda", "versions",
+    "BUG", "DONE", "MISTAKE", "RESUMABLE", "Ended", "Stopped", "allocator",
+    "available_bytes", "choose_backend", "choose_dtype", "cuda",
+    "cuda_capability", "cuda_memory", "cuda_name", "gpus", "main",
+    "on_abort", "peak_memory_bytes", "say", "start", "tpu", "uses_cuda",
+    "versions",
 ]  # fmt: skip

@@ -97,7 +97,7 @@ def measure(folder, what):
     source = sources.open(cfg)
     before = memory_line(os.getpid(), "VmRSS")
     began = time.monotonic()
-    exports._one(what, folder / "out" / what, source, cfg, None, None, None)
+    exports._one(what, folder / "out" / what, source, cfg)
     assert writers.WRITERS[what]
     shapes = models.shapes(source.base)
     return {
