@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from keras_gemma_ft import config, export
-from keras_gemma_ft.checking import compare, reference
+from keras_gemma_ft.checking import compare, probes, reference
 from keras_gemma_ft.config import TARGETS, UserError
 from keras_gemma_ft.exporting import exports, sources, writers
 from keras_gemma_ft.formats import adapters, models, names
@@ -327,3 +327,17 @@ def test_differences_are_those_of_the_definition():
     assert found["top1"] == same and found["positions"] == 5
     with pytest.raises(UserError, match="did not verify"):
         compare.check("peft", {**found, "kl": float("nan")}, "float32")
+
+
+def test_the_loss_is_of_the_answers_alone():
+    """By hand: of ids 4..7, of which the last two tokens are the answer."""
+    rng = np.random.default_rng(0)
+    scores, ids = rng.normal(size=(3, 9)), [2, 4, 5, 6, 7]
+    asked = probes.Probes([ids], [3], "one")
+    # The last three tokens' logits: those of 5 tell 6, those of 6 tell 7.
+    p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    want = -(np.log(p[0, 6]) + np.log(p[1, 7])) / 2
+    np.testing.assert_allclose(probes.loss([scores], asked), want)
+    cut = probes.Probes([ids], [1], "an answer that began before the logits")
+    np.testing.assert_allclose(probes.loss([scores], cut), want)
+    assert probes.loss([scores], probes.Probes([ids], [5], "none")) is None
